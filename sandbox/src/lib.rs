@@ -7,6 +7,7 @@
 
 pub mod container_spec;
 pub mod id;
+pub mod image;
 pub mod pod_spec;
 
 pub use container_spec::{ContainerName, ContainerSpec};
