@@ -1,1 +1,20 @@
+//! The network of pods: a bridge of Berth's own, and every CNI plugin.
+//!
+//! [`Network`] is what the rest of Berth uses: it attaches a pod's network
+//! namespace, says what addresses it got, and takes it all back. Which way it
+//! goes is decided by the CNI configuration directory at each call: a conflist
+//! there means its plugins, none means the built-in [`bridge::Bridge`].
+//!
+//! Everything blocks; async callers enter it by `spawn_blocking`. "The host" is
+//! the network namespace of the calling process, whichever that is.
 #![forbid(unsafe_code)]
+
+pub mod address;
+pub mod bridge;
+pub mod network;
+
+pub use address::IpNet;
+pub use network::{
+    AttachRequest, AttachResult, DetachRequest, Mode, Network, NetworkError, NetworkSettings,
+    NetworkStatus, Pod, PortMapping, Protocol,
+};
