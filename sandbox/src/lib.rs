@@ -5,6 +5,7 @@
 //! [`ContainerSpec`] and what it finds in a [`view::View`] into answers.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
 pub mod container_spec;
 pub mod id;
 pub mod image;

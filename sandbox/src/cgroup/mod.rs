@@ -1,0 +1,538 @@
+//! The cgroups of pods and containers: made, limited, measured, emptied and removed.
+//!
+//! ```text
+//! <parent>/                 the pod's: the kubelet's, or made here and recorded in `Parent::made`
+//!   berth-<container id>/   the container's: one directory in every v1 hierarchy and in the
+//!                           unified one, or a single directory on v2
+//! ```
+//!
+//! Nothing here is needed after a crash but what [`Cgroup`] and [`Parent`] hold, and both are
+//! plain data for the records. Everything is level-triggered: the kernel's files are asked
+//! again until they say what was wanted or a deadline passes.
+//!
+//! Source: kernel `Documentation/admin-guide/cgroup-v1/`, `cgroup-v2.rst`; cgroups(7).
+
+mod detect;
+mod device;
+mod file;
+mod kill;
+mod path;
+mod stats;
+mod v1;
+mod v2;
+
+pub use device::{DeviceKind, DeviceRule};
+pub use path::BadPath;
+pub use stats::{CpuStats, MemoryStats, PidsStats, Pressure, PressureTotals, Stats, SwapStats};
+
+use crate::container_spec::Resources;
+use crate::id::ContainerId;
+use berth_proto::monitor_v1;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// What can go wrong; the system's words are the `source`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("no cgroup hierarchy is mounted beneath {root}")]
+    NotMounted { root: PathBuf },
+    #[error("the systemd cgroup driver needs cgroup v2, and this host mounts v1 beneath {root}")]
+    SystemdOnV1 { root: PathBuf },
+    #[error("the systemd cgroup driver needs systemd as process 1, and that is {comm:?}")]
+    NoSystemd { comm: String },
+    #[error("the systemd cgroup driver is not there yet: use cgroupfs, also in the kubelet")]
+    SystemdNotYet,
+    #[error(transparent)]
+    BadPath(#[from] BadPath),
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {value:?} to {path}")]
+    Write {
+        path: PathBuf,
+        value: String,
+        source: io::Error,
+    },
+    #[error("cannot make the cgroup {path}")]
+    Make { path: PathBuf, source: io::Error },
+    #[error(
+        "cannot enable {controllers} for the children of a cgroup that has processes itself: \
+         {path} (cgroup v2 allows processes only in leaves)"
+    )]
+    InternalProcesses {
+        path: PathBuf,
+        controllers: String,
+        source: io::Error,
+    },
+    #[error("{what} was asked for, and this host has no {controller} cgroup controller")]
+    NoController {
+        controller: &'static str,
+        what: &'static str,
+    },
+    #[error("{key:?} is a cgroup v2 file, and this host mounts cgroup v1")]
+    UnifiedOnV1 { key: String },
+    #[error("{key:?} is not the name of a cgroup v2 limit")]
+    BadUnifiedKey { key: String },
+    #[error("{page_size:?} is not a huge page size such as \"2MB\"")]
+    BadPageSize { page_size: String },
+    #[error("the memory limit {limit} is below what {path} uses: {usage} bytes")]
+    BelowUsage {
+        path: PathBuf,
+        limit: u64,
+        usage: u64,
+    },
+    #[error("a limit of {swap} bytes for memory plus swap is below the memory limit of {memory}")]
+    SwapBelowMemory { memory: i64, swap: i64 },
+    #[error("a limit for memory plus swap needs a memory limit on cgroup v2")]
+    SwapWithoutMemory,
+    #[error("{path} still has processes {pids:?} after {waited:?}")]
+    StillAlive {
+        path: PathBuf,
+        pids: Vec<i32>,
+        waited: Duration,
+    },
+    #[error("cannot remove {}", list(.failures))]
+    Remove { failures: Vec<(PathBuf, io::Error)> },
+}
+
+fn list(failures: &[(PathBuf, io::Error)]) -> String {
+    let each: Vec<String> = failures
+        .iter()
+        .map(|(path, error)| format!("{}: {error}", path.display()))
+        .collect();
+    each.join("; ")
+}
+
+/// Which of the kernel's two interfaces limits are written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Version {
+    /// Controllers mounted one by one, on a hybrid host with a unified hierarchy beside them.
+    V1,
+    V2,
+}
+
+/// Who makes the cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Driver {
+    Cgroupfs,
+    Systemd,
+}
+
+/// The driver as configured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriverChoice {
+    /// cgroupfs: what [`Cgroups::driver`] then says is what the kubelet is told.
+    #[default]
+    Auto,
+    Cgroupfs,
+    Systemd,
+}
+
+/// What [`Cgroups::detect`] is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where cgroup file systems are mounted.
+    pub root: PathBuf,
+    pub driver: DriverChoice,
+    /// Where pods go whose config names no cgroup parent.
+    pub default_parent: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            root: PathBuf::from("/sys/fs/cgroup"),
+            driver: DriverChoice::Auto,
+            default_parent: "/berth".to_owned(),
+        }
+    }
+}
+
+/// A mounted v1 hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Hierarchy {
+    /// "cpu", "cpuacct"; "name=systemd" for a hierarchy without controllers.
+    controllers: Vec<String>,
+    mount: PathBuf,
+}
+
+/// The mounted cgroup2 hierarchy: the only one on v2, beside the others on a hybrid host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Unified {
+    mount: PathBuf,
+    controllers: Vec<String>,
+}
+
+/// The host's cgroups, as found at start.
+#[derive(Debug)]
+pub struct Cgroups {
+    version: Version,
+    driver: Driver,
+    default_parent: String,
+    hierarchies: Vec<Hierarchy>,
+    unified: Option<Unified>,
+    /// Directories of pods that Berth made, so also its to remove: kept here because several
+    /// pods may share one, and the last to go is not the one that made it.
+    ours: Mutex<BTreeSet<PathBuf>>,
+}
+
+/// A pod's cgroup; goes into the pod's record.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Beneath every hierarchy's mount, with a leading slash.
+    pub path: String,
+    /// Those of its directories that Berth made, outermost first. The kubelet's are not here.
+    pub made: Vec<PathBuf>,
+}
+
+/// One v1 directory of a cgroup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Directory {
+    controllers: Vec<String>,
+    path: PathBuf,
+}
+
+/// A cgroup in all its hierarchies; goes into the container's record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    version: Version,
+    path: String,
+    directories: Vec<Directory>,
+    unified: Option<PathBuf>,
+}
+
+impl Cgroups {
+    /// What this host has, read from /proc/self/mountinfo.
+    ///
+    /// # Errors
+    /// No cgroup file system beneath `settings.root`, the systemd driver where it cannot work,
+    /// a default parent that is no path.
+    pub fn detect(settings: Settings) -> Result<Self, Error> {
+        detect::detect(settings)
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// What RuntimeConfig has to say.
+    pub fn driver(&self) -> Driver {
+        self.driver
+    }
+
+    /// Where pods go whose config names no parent.
+    pub fn default_parent(&self) -> &str {
+        &self.default_parent
+    }
+
+    /// Names of the controllers that can be used, from all hierarchies.
+    pub fn controllers(&self) -> BTreeSet<&str> {
+        let v1 = self.hierarchies.iter().flat_map(|h| &h.controllers);
+        let v2 = self.unified.iter().flat_map(|u| &u.controllers);
+        v1.chain(v2)
+            .map(String::as_str)
+            .filter(|name| !name.starts_with("name="))
+            .collect()
+    }
+
+    /// Handle of the cgroup at `path`, whether or not it exists: a pod's, for its statistics.
+    ///
+    /// # Errors
+    /// `path` climbs, or holds what no cgroup name can.
+    pub fn at(&self, path: &str) -> Result<Cgroup, Error> {
+        let path = path::normal(path)?;
+        let below = |mount: &Path| mount.join(&path[1..]);
+        Ok(Cgroup {
+            version: self.version,
+            directories: self
+                .hierarchies
+                .iter()
+                .map(|h| Directory {
+                    controllers: h.controllers.clone(),
+                    path: below(&h.mount),
+                })
+                .collect(),
+            unified: self.unified.as_ref().map(|u| below(&u.mount)),
+            path,
+        })
+    }
+
+    /// Sees to it that a pod's cgroup exists in every hierarchy. Empty stands for the default
+    /// parent. With the kubelet it does already, but for the unified hierarchy of a hybrid host.
+    ///
+    /// # Errors
+    /// A bad path, or what the kernel says; then nothing stays behind.
+    pub fn ensure_parent(&self, parent: &str) -> Result<Parent, Error> {
+        let parent = if parent.is_empty() {
+            &self.default_parent
+        } else {
+            parent
+        };
+        let path = path::normal(parent)?;
+        let mut made = Vec::new();
+        match self.make_path(&path, &mut made) {
+            Ok(()) => {
+                let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+                let made = self
+                    .prefixes(&path)
+                    .filter(|dir| ours.contains(dir))
+                    .collect();
+                Ok(Parent { path, made })
+            }
+            Err(error) => {
+                // The first error is the answer; a directory that stays is empty and in `ours`.
+                let _ = self.remove_parent(&Parent { path, made });
+                Err(error)
+            }
+        }
+    }
+
+    /// Says after a restart that `parent` came out of a record, so that its directories are
+    /// known to be Berth's.
+    pub fn adopt_parent(&self, parent: &Parent) {
+        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        ours.extend(parent.made.iter().cloned());
+    }
+
+    /// Removes what Berth made of a pod's cgroup and nobody uses any more. Succeeds where it is
+    /// gone, and where another pod is still beneath it: that one's record owns it as well.
+    ///
+    /// # Errors
+    /// Each directory that the kernel would not let go.
+    pub fn remove_parent(&self, parent: &Parent) -> Result<(), Error> {
+        let mut failures = Vec::new();
+        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in parent.made.iter().rev() {
+            match rustix::fs::rmdir(path) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {
+                    ours.remove(path);
+                }
+                Err(rustix::io::Errno::BUSY | rustix::io::Errno::NOTEMPTY) => {}
+                Err(errno) => failures.push((path.clone(), errno.into())),
+            }
+        }
+        if failures.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Remove { failures })
+        }
+    }
+
+    /// Every directory of `path`, outermost first, in each hierarchy.
+    fn prefixes<'a>(&'a self, path: &'a str) -> impl Iterator<Item = PathBuf> + 'a {
+        let v1 = self.hierarchies.iter().map(|h| h.mount.as_path());
+        let v2 = self.unified.iter().map(|u| u.mount.as_path());
+        v1.chain(v2)
+            .flat_map(move |mount| path::prefixes(path).map(move |prefix| mount.join(&prefix[1..])))
+    }
+
+    fn make_path(&self, path: &str, made: &mut Vec<PathBuf>) -> Result<(), Error> {
+        for hierarchy in &self.hierarchies {
+            let cpuset = hierarchy.controllers.iter().any(|name| name == "cpuset");
+            for prefix in path::prefixes(path) {
+                let directory = hierarchy.mount.join(&prefix[1..]);
+                self.make_parent_directory(&directory, made)?;
+                if cpuset {
+                    v1::inherit_cpuset(&directory, &hierarchy.mount)?;
+                }
+            }
+        }
+        if let Some(unified) = &self.unified {
+            for prefix in path::prefixes(path) {
+                self.make_parent_directory(&unified.mount.join(&prefix[1..]), made)?;
+            }
+            if self.version == Version::V2 {
+                v2::enable(&unified.mount, path, &unified.controllers)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make_parent_directory(&self, path: &Path, made: &mut Vec<PathBuf>) -> Result<(), Error> {
+        // Held over the mkdir: a remover must not find the directory made and not yet ours.
+        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        if file::make_directory(path)? {
+            ours.insert(path.to_owned());
+            made.push(path.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Makes a container's cgroup beneath `parent` (empty: the default one) and writes its
+    /// limits. Made again after a crash, it is the same one. An empty list of device rules
+    /// leaves the parent's; on v2 rules have no effect yet.
+    ///
+    /// # Errors
+    /// What cannot be limited on this host, or what the kernel says; then nothing stays behind.
+    pub fn create(
+        &self,
+        parent: &str,
+        container: &ContainerId,
+        resources: &Resources,
+        devices: &[DeviceRule],
+    ) -> Result<Cgroup, Error> {
+        let parent = path::normal(if parent.is_empty() {
+            &self.default_parent
+        } else {
+            parent
+        })?;
+        let cgroup = self.at(&format!("{parent}/berth-{container}"))?;
+        let result = self.make(&parent, &cgroup, resources, devices);
+        if result.is_err() {
+            // The first error is the answer; the caller's record lets recovery try again.
+            let _ = cgroup.remove(UNDO_DEADLINE);
+        }
+        result.map(|()| cgroup)
+    }
+
+    fn make(
+        &self,
+        parent: &str,
+        cgroup: &Cgroup,
+        resources: &Resources,
+        devices: &[DeviceRule],
+    ) -> Result<(), Error> {
+        for directory in cgroup.all() {
+            match file::make_directory(directory) {
+                Err(Error::Make { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    self.ensure_parent(parent)?;
+                    file::make_directory(directory)?;
+                }
+                other => {
+                    other?;
+                }
+            }
+        }
+        if let Some(unified) = &self.unified {
+            let huge = !resources.hugepages.is_empty()
+                && unified.controllers.iter().any(|name| name == "hugetlb");
+            if self.version == Version::V2 {
+                v2::enable(&unified.mount, parent, &unified.controllers)?;
+            } else if huge {
+                // A parent with processes forbids it; huge pages then stay unlimited, as on
+                // every host without the controller.
+                let _ = v2::enable(&unified.mount, parent, &["hugetlb".to_owned()]);
+            }
+        }
+        if let Some(cpuset) = self.hierarchies.iter().find(|h| h.controls("cpuset"))
+            && let Some(directory) = cgroup.directory("cpuset")
+        {
+            v1::inherit_cpuset(directory, &cpuset.mount)?;
+        }
+        self.apply(cgroup, resources)?;
+        if !devices.is_empty()
+            && let Some(directory) = cgroup.directory("devices")
+        {
+            device::apply_v1(directory, devices)?;
+        }
+        Ok(())
+    }
+
+    /// Changes the limits that are given and leaves the others.
+    ///
+    /// # Errors
+    /// What cannot be limited on this host, a memory limit below what is used now, or what the
+    /// kernel says. Limits written before the failing one stay.
+    pub fn update(&self, cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+        self.apply(cgroup, resources)
+    }
+
+    fn apply(&self, cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+        match (cgroup.version, &cgroup.unified) {
+            (Version::V2, Some(directory)) => v2::apply(directory, resources),
+            (Version::V1 | Version::V2, _) => v1::apply(cgroup, resources),
+        }
+    }
+}
+
+/// How long a half-made cgroup is tried to be removed; it is empty, so once would do.
+const UNDO_DEADLINE: Duration = Duration::from_millis(100);
+
+impl Hierarchy {
+    fn controls(&self, controller: &str) -> bool {
+        self.controllers.iter().any(|name| name == controller)
+    }
+}
+
+impl Cgroup {
+    /// Beneath every hierarchy's mount, with a leading slash.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Where the files of a controller lie, if the host has it.
+    pub fn directory(&self, controller: &str) -> Option<&Path> {
+        match self.version {
+            Version::V1 => self
+                .directories
+                .iter()
+                .find(|d| d.controllers.iter().any(|name| name == controller))
+                .map(|d| d.path.as_path()),
+            Version::V2 => self.unified.as_deref(),
+        }
+    }
+
+    /// Its directory in the cgroup2 hierarchy; also there on a hybrid host.
+    pub fn unified(&self) -> Option<&Path> {
+        self.unified.as_deref()
+    }
+
+    /// Its directories, the unified one last.
+    fn all(&self) -> impl Iterator<Item = &Path> {
+        let v1 = self.directories.iter().map(|d| d.path.as_path());
+        v1.chain(self.unified.as_deref())
+    }
+
+    /// Whether any of it is there.
+    pub fn exists(&self) -> bool {
+        self.all().any(Path::exists)
+    }
+
+    /// What the monitor has to know to start a process in here.
+    pub fn for_monitor(&self) -> monitor_v1::Cgroup {
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let mut tasks_files = Vec::new();
+        let mut directory = String::new();
+        match self.version {
+            Version::V1 => {
+                tasks_files.extend(self.directories.iter().map(|d| text(d.path.join("tasks"))));
+                tasks_files.extend(
+                    self.unified
+                        .iter()
+                        .map(|path| text(path.join("cgroup.procs"))),
+                );
+            }
+            Version::V2 => directory = self.unified.clone().map(text).unwrap_or_default(),
+        }
+        let kill_file = self.unified.as_ref().map(|path| path.join("cgroup.kill"));
+        monitor_v1::Cgroup {
+            tasks_files,
+            directory,
+            oom_file: self.oom_file().map(text).unwrap_or_default(),
+            kill_file: kill_file
+                .filter(|path| path.exists())
+                .map(text)
+                .unwrap_or_default(),
+        }
+    }
+
+    fn oom_file(&self) -> Option<PathBuf> {
+        let name = match self.version {
+            Version::V1 => "memory.oom_control",
+            Version::V2 => "memory.events",
+        };
+        self.directory("memory")
+            .map(|directory| directory.join(name))
+    }
+}
+
+#[cfg(test)]
+mod tests;
