@@ -11,6 +11,10 @@
 
 pub mod address;
 pub mod bridge;
+pub mod conntrack;
+pub mod ipam;
+pub mod netlink;
+pub mod netns;
 pub mod network;
 
 pub use address::IpNet;
