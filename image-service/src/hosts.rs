@@ -1,0 +1,638 @@
+//! Where to ask for an image: `certs.d/<host>/hosts.toml`, in containerd's format.
+//!
+//! ```toml
+//! server = "https://registry.example"     # asked last; without it the registry itself
+//! [host."https://mirror.example:5000"]    # asked in the file's order
+//! capabilities = ["pull", "resolve"]      # also push, referrers; all when not given
+//! ca = "ca.pem"                           # or a list; relative to the file
+//! client = [["cert.pem", "key.pem"]]      # or one file with both
+//! skip_verify = false
+//! override_path = false                   # true: no /v2 behind the URL's path
+//! dial_timeout = "10s"
+//! [host."https://mirror.example:5000".header]
+//! x-name = "value"                        # or a list
+//! ```
+//! The keys below a host may also stand at the top, for the server. A directory is looked for
+//! as `host_port_`, `host:port` and `_default`, in each of the configured directories in their
+//! order; the first that exists is used. One without hosts.toml may hold Docker's `*.crt` (CAs)
+//! and `*.cert` with `*.key` (client). A registry that nothing is said about is asked over
+//! https, one on a loopback address over http unless its port is 443: nobody else can listen
+//! in. (containerd tries https without verification first there.) An unknown key is an error: a
+//! misspelt `skip_verify` or `ca` must not be found out by a failing pull.
+//! Source: containerd `docs/hosts.md`.
+
+use crate::reference::DEFAULT_HOST;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use url::Url;
+
+/// Docker Hub's images are named after one host and served by another.
+const DOCKER_HUB: &str = "registry-1.docker.io";
+/// Largest hosts.toml, in bytes.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Most mirrors in one file: each may cost a connect timeout.
+const MAX_HOSTS: usize = 32;
+
+/// Why the configuration of a registry cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HostsError {
+    /// It cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is not what the format says.
+    #[error("{path} is not valid: {why}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The key, and what is wrong with it.
+        why: String,
+    },
+}
+
+/// TLS settings of one host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// PEM files of CAs trusted beside the system's.
+    pub ca: Vec<PathBuf>,
+    /// PEM files of our certificate and its key; the second is `None` when one file has both.
+    pub client: Option<(PathBuf, Option<PathBuf>)>,
+    /// The server's certificate is not verified.
+    pub skip_verify: bool,
+}
+
+/// One place that serves a registry's images.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Host {
+    /// Scheme, host, port and path, without a slash at the end; `/v2` is part of the path.
+    pub url: Url,
+    /// May be asked for content by digest.
+    pub pull: bool,
+    /// May be asked what a tag means.
+    pub resolve: bool,
+    /// How to speak TLS with it.
+    pub tls: Tls,
+    /// Sent with every request to it; may be secret.
+    pub headers: HeaderMap,
+    /// How long connecting may take, if the file says.
+    pub dial_timeout: Option<Duration>,
+    /// The registry this mirrors; `None` for the registry itself. Sent as `ns`.
+    pub mirror_of: Option<String>,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<&str> = self.headers.keys().map(HeaderName::as_str).collect();
+        f.debug_struct("Host")
+            .field("url", &self.url.as_str())
+            .field("pull", &self.pull)
+            .field("resolve", &self.resolve)
+            .field("tls", &self.tls)
+            .field("headers", &names)
+            .field("dial_timeout", &self.dial_timeout)
+            .field("mirror_of", &self.mirror_of)
+            .finish()
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    server: Option<String>,
+    #[serde(default)]
+    host: BTreeMap<toml::Spanned<String>, RawHost>,
+    // The keys of the server itself; serde cannot flatten and deny unknown keys at once.
+    capabilities: Option<Vec<String>>,
+    ca: Option<OneOrMany>,
+    client: Option<RawClient>,
+    skip_verify: Option<bool>,
+    #[serde(default)]
+    header: BTreeMap<String, OneOrMany>,
+    override_path: Option<bool>,
+    dial_timeout: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHost {
+    capabilities: Option<Vec<String>>,
+    ca: Option<OneOrMany>,
+    client: Option<RawClient>,
+    skip_verify: Option<bool>,
+    #[serde(default)]
+    header: BTreeMap<String, OneOrMany>,
+    override_path: Option<bool>,
+    dial_timeout: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn list(&self) -> &[String] {
+        match self {
+            OneOrMany::One(one) => std::slice::from_ref(one),
+            OneOrMany::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawClient {
+    One(String),
+    Many(Vec<OneOrMany>),
+}
+
+/// The places to ask for images of `registry` (`host[:port]`), in order; never empty. Reads the
+/// directories anew at every call.
+///
+/// # Errors
+/// [`HostsError`] naming the file and, where it is one, the key.
+pub fn hosts(certs_d: &[PathBuf], registry: &str) -> Result<Vec<Host>, HostsError> {
+    for dir in certs_d {
+        for name in directory_names(registry) {
+            let dir = dir.join(name);
+            if !dir.is_dir() {
+                continue;
+            }
+            let file = dir.join("hosts.toml");
+            return match read(&file) {
+                Ok(text) => parse(&file, &text, registry),
+                Err(HostsError::Read { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound =>
+                {
+                    Ok(vec![with_docker_files(&dir, registry)?])
+                }
+                Err(error) => Err(error),
+            };
+        }
+    }
+    Ok(vec![plain(registry, false)])
+}
+
+fn directory_names(registry: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    if let Some((host, port)) = registry.rsplit_once(':')
+        && !port.ends_with(']')
+    {
+        names.push(format!("{host}_{port}_"));
+    }
+    names.push(registry.into());
+    names.push("_default".into());
+    names
+}
+
+fn read(path: &Path) -> Result<String, HostsError> {
+    let read = || {
+        let length = std::fs::metadata(path)?.len();
+        if length > MAX_FILE_BYTES {
+            return Err(io::Error::other(format!("{length} bytes long")));
+        }
+        std::fs::read_to_string(path)
+    };
+    read().map_err(|source| HostsError::Read {
+        path: path.into(),
+        source,
+    })
+}
+
+/// The registry itself with nothing configured, or only TLS files.
+fn plain(registry: &str, has_tls_files: bool) -> Host {
+    let (host, port) = split_port(registry);
+    let scheme = if is_loopback(host) && port != Some("443") && !has_tls_files {
+        "http"
+    } else {
+        "https"
+    };
+    let served_by = if registry == DEFAULT_HOST {
+        DOCKER_HUB
+    } else {
+        registry
+    };
+    let url = format!("{scheme}://{served_by}/v2");
+    Host {
+        url: Url::parse(&url).expect("a reference's host is a URL's host"),
+        pull: true,
+        resolve: true,
+        tls: Tls::default(),
+        headers: HeaderMap::new(),
+        dial_timeout: None,
+        mirror_of: None,
+    }
+}
+
+fn split_port(host: &str) -> (&str, Option<&str>) {
+    match host.rsplit_once(':') {
+        Some((name, port)) if !port.ends_with(']') => (name, Some(port)),
+        _ => (host, None),
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+fn with_docker_files(dir: &Path, registry: &str) -> Result<Host, HostsError> {
+    let error = |source| HostsError::Read {
+        path: dir.into(),
+        source,
+    };
+    let mut tls = Tls::default();
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(error)? {
+        paths.push(entry.map_err(error)?.path());
+    }
+    paths.sort();
+    for path in paths {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("crt") => tls.ca.push(path),
+            Some("cert") => tls.client = Some((path.clone(), Some(path.with_extension("key")))),
+            _ => {}
+        }
+    }
+    let mut host = plain(registry, tls != Tls::default());
+    host.tls = tls;
+    Ok(host)
+}
+
+/// Parses a hosts.toml for `registry`; `path` is for errors and for the files named in it.
+///
+/// # Errors
+/// [`HostsError::Invalid`].
+pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, HostsError> {
+    let invalid = |why: String| HostsError::Invalid {
+        path: path.into(),
+        why,
+    };
+    let raw: RawFile = toml::from_str(text).map_err(|error| {
+        let line = error.span().map_or(1, |span| {
+            text[..span.start.min(text.len())].lines().count().max(1)
+        });
+        invalid(format!("line {line}: {}", error.message()))
+    })?;
+    if raw.host.len() > MAX_HOSTS {
+        return Err(invalid(format!("more than {MAX_HOSTS} hosts")));
+    }
+    let mut in_order: Vec<(toml::Spanned<String>, RawHost)> = raw.host.into_iter().collect();
+    in_order.sort_by_key(|(key, _)| key.span().start);
+    let mut hosts = Vec::new();
+    for (url, host) in in_order {
+        let key = format!("host.{:?}", url.get_ref());
+        hosts.push(convert(path, &key, Some(url.get_ref()), host, registry).map_err(invalid)?);
+    }
+    let server = RawHost {
+        capabilities: raw.capabilities,
+        ca: raw.ca,
+        client: raw.client,
+        skip_verify: raw.skip_verify,
+        header: raw.header,
+        override_path: raw.override_path,
+        dial_timeout: raw.dial_timeout,
+    };
+    let url = raw.server.as_deref().filter(|url| !url.is_empty());
+    hosts.push(convert(path, "server", url, server, registry).map_err(invalid)?);
+    Ok(hosts)
+}
+
+fn convert(
+    path: &Path,
+    key: &str,
+    url: Option<&str>,
+    raw: RawHost,
+    registry: &str,
+) -> Result<Host, String> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let tls = Tls {
+        ca: raw
+            .ca
+            .iter()
+            .flat_map(OneOrMany::list)
+            .map(|file| dir.join(file))
+            .collect(),
+        client: client(dir, key, raw.client)?,
+        skip_verify: raw.skip_verify.unwrap_or(false),
+    };
+    let mut host = plain(registry, tls != Tls::default());
+    if let Some(text) = url {
+        host.url = base_url(text, raw.override_path.unwrap_or(false))
+            .map_err(|why| format!("{key}: {why}"))?;
+        let name = crate::auth::authority(&host.url);
+        let hub = registry == DEFAULT_HOST && name == DOCKER_HUB;
+        host.mirror_of = (name != registry && !hub).then(|| registry.to_owned());
+    }
+    if let Some(capabilities) = raw.capabilities {
+        (host.pull, host.resolve) = (false, false);
+        for capability in capabilities {
+            match &*capability {
+                "pull" => host.pull = true,
+                "resolve" => host.resolve = true,
+                "push" | "referrers" => {}
+                other => {
+                    return Err(format!(
+                        "{key}: capability {other:?} is none of pull, resolve, push, referrers"
+                    ));
+                }
+            }
+        }
+    }
+    for (name, values) in &raw.header {
+        let header: HeaderName = name
+            .parse()
+            .map_err(|_| format!("{key}: {name:?} is not a header name"))?;
+        for value in values.list() {
+            let mut value = HeaderValue::from_str(value)
+                .map_err(|_| format!("{key}: the value of header {name:?} is not valid"))?;
+            value.set_sensitive(true);
+            host.headers.append(header.clone(), value);
+        }
+    }
+    host.dial_timeout = match raw.dial_timeout {
+        None => None,
+        Some(text) => Some(
+            parse_duration(&text)
+                .ok_or_else(|| format!("{key}: dial_timeout {text:?} is not a duration"))?,
+        ),
+    };
+    host.tls = tls;
+    Ok(host)
+}
+
+fn client(
+    dir: &Path,
+    key: &str,
+    raw: Option<RawClient>,
+) -> Result<Option<(PathBuf, Option<PathBuf>)>, String> {
+    let pairs = match raw {
+        None => return Ok(None),
+        Some(RawClient::One(file)) => vec![OneOrMany::One(file)],
+        Some(RawClient::Many(pairs)) => pairs,
+    };
+    let [pair] = &pairs[..] else {
+        return Err(format!("{key}: client must name exactly one certificate"));
+    };
+    match pair.list() {
+        [both] => Ok(Some((dir.join(both), None))),
+        [cert, key] if key.is_empty() => Ok(Some((dir.join(cert), None))),
+        [cert, key] => Ok(Some((dir.join(cert), Some(dir.join(key))))),
+        _ => Err(format!("{key}: client takes a certificate and its key")),
+    }
+}
+
+/// The URL requests are made below.
+fn base_url(text: &str, override_path: bool) -> Result<Url, String> {
+    let text = if text.contains("://") {
+        text.to_owned()
+    } else {
+        format!("https://{text}")
+    };
+    let mut url = Url::parse(&text).map_err(|error| format!("{text:?} is not a URL: {error}"))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return Err(format!("{text:?} is not an http or https URL"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("credentials do not belong into a URL".into());
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(format!("{text:?} has a query or a fragment"));
+    }
+    if url.host_str() == Some(DEFAULT_HOST) {
+        url.set_host(Some(DOCKER_HUB))
+            .map_err(|error| error.to_string())?;
+    }
+    let path = url.path().trim_end_matches('/').to_owned();
+    if override_path || path.ends_with("/v2") {
+        url.set_path(&path);
+    } else {
+        url.set_path(&format!("{path}/v2"));
+    }
+    Ok(url)
+}
+
+/// Go's `time.ParseDuration` for what is not negative: `1m30s`, `1.5h`, `200ms`.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = 0.0f64;
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !(c.is_ascii_digit() || c == '.'))?;
+        let value: f64 = rest[..end].parse().ok()?;
+        rest = &rest[end..];
+        let end = rest
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(rest.len());
+        let seconds = match &rest[..end] {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" => 1e-6,
+            "ns" => 1e-9,
+            _ => return None,
+        };
+        total += value * seconds;
+        rest = &rest[end..];
+    }
+    if text.is_empty() {
+        return None;
+    }
+    Duration::try_from_secs_f64(total).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_one(text: &str, registry: &str) -> Result<Vec<Host>, String> {
+        parse(Path::new("/c/hosts.toml"), text, registry).map_err(|error| error.to_string())
+    }
+
+    fn urls(hosts: &[Host]) -> Vec<&str> {
+        hosts.iter().map(|host| host.url.as_str()).collect()
+    }
+
+    #[test]
+    fn a_registry_nothing_is_said_about_is_asked_itself() {
+        for (registry, url) in [
+            ("registry.example", "https://registry.example/v2"),
+            ("registry.example:5000", "https://registry.example:5000/v2"),
+            ("docker.io", "https://registry-1.docker.io/v2"),
+            ("localhost", "http://localhost/v2"),
+            ("localhost:5000", "http://localhost:5000/v2"),
+            ("127.3.2.1:5000", "http://127.3.2.1:5000/v2"),
+            ("[::1]:5000", "http://[::1]:5000/v2"),
+            ("[::1]", "http://[::1]/v2"),
+            ("localhost:443", "https://localhost/v2"),
+            ("localhost.example", "https://localhost.example/v2"),
+        ] {
+            let hosts = hosts(&[], registry).unwrap();
+            assert_eq!(urls(&hosts), [url]);
+            assert!(hosts[0].pull && hosts[0].resolve && hosts[0].mirror_of.is_none());
+        }
+    }
+
+    #[test]
+    fn every_key_is_read_and_the_order_is_the_files() {
+        let text = r#"
+            server = "https://registry.example"
+            ca = "/abs/ca.pem"
+            [host."https://z.example:5000/prefix"]
+              capabilities = ["pull", "push"]
+              ca = ["a.pem", "b.pem"]
+              client = [["c.pem", "k.pem"]]
+              dial_timeout = "1m0.5s"
+              [host."https://z.example:5000/prefix".header]
+                x-one = "1"
+                x-two = ["2", "3"]
+            [host."http://a.example"]
+              skip_verify = true
+              client = "both.pem"
+            [host."m.example/v2/cache"]
+              override_path = true
+        "#;
+        let hosts = read_one(text, "registry.example").unwrap();
+        assert_eq!(
+            urls(&hosts),
+            [
+                "https://z.example:5000/prefix/v2",
+                "http://a.example/v2",
+                "https://m.example/v2/cache",
+                "https://registry.example/v2"
+            ]
+        );
+        let z = &hosts[0];
+        assert!(z.pull && !z.resolve);
+        assert_eq!(z.tls.ca, [Path::new("/c/a.pem"), Path::new("/c/b.pem")]);
+        assert_eq!(
+            z.tls.client,
+            Some(("/c/c.pem".into(), Some("/c/k.pem".into())))
+        );
+        assert_eq!(z.dial_timeout, Some(Duration::from_millis(60_500)));
+        assert_eq!(z.headers.get_all("x-two").iter().count(), 2);
+        assert_eq!(z.mirror_of.as_deref(), Some("registry.example"));
+        assert!(!format!("{z:?}").contains("\"2\""));
+        assert!(hosts[1].tls.skip_verify);
+        assert_eq!(hosts[1].tls.client, Some(("/c/both.pem".into(), None)));
+        assert_eq!(hosts[3].tls.ca, [Path::new("/abs/ca.pem")]);
+        assert_eq!(hosts[3].mirror_of, None);
+    }
+
+    #[test]
+    fn without_a_server_the_registry_itself_is_last() {
+        let hosts = read_one("[host.\"https://m.example\"]", "docker.io").unwrap();
+        assert_eq!(
+            urls(&hosts),
+            ["https://m.example/v2", "https://registry-1.docker.io/v2"]
+        );
+        let hub = read_one("server = \"https://docker.io\"", "docker.io").unwrap();
+        assert_eq!(urls(&hub), ["https://registry-1.docker.io/v2"]);
+        assert_eq!(hub[0].mirror_of, None);
+        let ca = read_one("ca = \"x.pem\"", "localhost:5000").unwrap();
+        assert_eq!(urls(&ca), ["https://localhost:5000/v2"]);
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_key() {
+        for (text, key) in [
+            ("\nserve = \"x\"", "line 2: unknown field `serve`"),
+            ("[host.\"https://a\"]\nskip_verfy = true", "skip_verfy"),
+            ("[host.\"https://a\"]\nskip_verify = \"yes\"", "line 2"),
+            ("[host.\"ftp://a\"]", "ftp://a"),
+            ("[host.\"https://u:p@a\"]", "credentials"),
+            ("[host.\"https://a?b=c\"]", "query"),
+            ("[host.\"https://a\"]\ncapabilities = [\"pul\"]", "\"pul\""),
+            (
+                "[host.\"https://a\"]\ndial_timeout = \"soon\"",
+                "dial_timeout",
+            ),
+            ("[host.\"https://a\"]\nclient = [\"a\", \"b\"]", "client"),
+            ("[host.\"https://a\".header]\n\"a b\" = \"c\"", "a b"),
+            (
+                "[host.\"https://a\".header]\na = \"secret\\n\"",
+                "header \"a\"",
+            ),
+            ("server = ", "line 1"),
+        ] {
+            let error = read_one(text, "r.example").unwrap_err();
+            assert!(
+                error.contains("/c/hosts.toml") && error.contains(key),
+                "{error}"
+            );
+            assert!(
+                !error.contains("secret") && !error.contains("u:p"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn directories_are_found_by_host_and_port_and_read_live() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let dirs = [
+            one.path().join("absent"),
+            one.path().into(),
+            two.path().into(),
+        ];
+        let write = |dir: &Path, name: &str, server: &str| {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+            let text = format!("server = \"{server}\"");
+            std::fs::write(dir.join(name).join("hosts.toml"), text).unwrap();
+        };
+        let ask = || urls(&hosts(&dirs, "r.example:5000").unwrap())[0].to_owned();
+        assert_eq!(ask(), "https://r.example:5000/v2");
+        write(two.path(), "_default", "http://d");
+        assert_eq!(ask(), "http://d/v2");
+        write(two.path(), "r.example:5000", "http://c");
+        assert_eq!(ask(), "http://c/v2");
+        write(one.path(), "r.example_5000_", "http://a");
+        assert_eq!(ask(), "http://a/v2");
+        write(one.path(), "r.example_5000_", "http://b");
+        assert_eq!(ask(), "http://b/v2");
+    }
+
+    #[test]
+    fn dockers_files_count_where_there_is_no_hosts_toml() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("localhost:5000");
+        std::fs::create_dir(&own).unwrap();
+        assert_eq!(
+            urls(&hosts(&[dir.path().into()], "localhost:5000").unwrap()),
+            ["http://localhost:5000/v2"]
+        );
+        for name in ["ca.crt", "us.cert", "us.key"] {
+            std::fs::write(own.join(name), "").unwrap();
+        }
+        let hosts = hosts(&[dir.path().into()], "localhost:5000").unwrap();
+        assert_eq!(urls(&hosts), ["https://localhost:5000/v2"]);
+        assert_eq!(hosts[0].tls.ca, [own.join("ca.crt")]);
+        assert_eq!(
+            hosts[0].tls.client,
+            Some((own.join("us.cert"), Some(own.join("us.key"))))
+        );
+    }
+
+    #[test]
+    fn durations_are_gos() {
+        assert_eq!(parse_duration("200ms"), Some(Duration::from_millis(200)));
+        assert_eq!(parse_duration("1h2m"), Some(Duration::from_secs(3720)));
+        for bad in ["", "1", "s", "-1s", "1d", "1.2.3s", "é"] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+}
