@@ -4,6 +4,7 @@
 
 pub mod atomic_file;
 pub mod crash;
+pub mod exit;
 pub mod record;
 
 pub use record::{Record, RecordError};
