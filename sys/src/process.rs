@@ -34,9 +34,9 @@ pub fn child(mut keep: Vec<RawFd>, body: impl FnOnce() -> i32) -> ! {
 pub fn signal_fd(signals: &[i32]) -> Result<OwnedFd> {
     let set = signal_set(signals)?;
     // SAFETY: `set` was initialised by sigemptyset; the old set is not asked for.
-    check(
-        unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) }.into(),
-    )?;
+    let blocked =
+        unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    check(blocked.into())?;
     // SAFETY: as above; -1 asks for a new descriptor, which is ours.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     check(fd.into())?;

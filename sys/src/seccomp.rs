@@ -28,7 +28,7 @@ struct Program {
 /// over BPF_MAXINSNS, and no flag that needs an answer.
 pub fn acceptable(filter: &[u8], flags: u32) -> bool {
     !filter.is_empty()
-        && filter.len() % 8 == 0
+        && filter.len().is_multiple_of(8)
         && filter.len() / 8 <= 4096
         && flags & NEW_LISTENER == 0
 }
