@@ -155,9 +155,6 @@ pub struct ContainerRecord {
     pub stop_signal: i32,
     #[serde(default)]
     pub cgroup: Option<Cgroup>,
-    /// The OCI runtime spec it is started from.
-    #[serde(default)]
-    pub oci: Option<serde_json::Value>,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,

@@ -6,17 +6,14 @@
 //! are described in `proto/protos/monitor_v1.proto`.
 
 use crate::operation::lock;
+use berth_sys::mount::{self, Change, Propagation};
+use berth_sys::wire::{Bounds, FrameReader, FrameWriter, Received};
 use berth_proto::monitor_v1::{self, MAX_FDS, MAX_FRAME_BYTES, reply, request};
 use prost::Message as _;
 use rustix::fs::{Mode, OFlags};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
-};
-use std::collections::{HashMap, VecDeque};
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -135,7 +132,13 @@ impl Program {
     /// `Spawn` when it is not there or cannot be mounted apart.
     pub fn open(path: &Path) -> Result<Self, MonitorError> {
         let refuse = |source| MonitorError::Spawn { program: path.into(), source };
-        let held = berth_sys::mount::read_only_clone(path).map_err(refuse)?;
+        let held = mount::clone_tree(path, false).map_err(|errno| refuse(errno.into()))?;
+        let change = Change {
+            set: mount::attr::RDONLY,
+            propagation: Some(Propagation::Private),
+            ..Change::default()
+        };
+        mount::set_attr(&held, change, false).map_err(|errno| refuse(errno.into()))?;
         Ok(Self { path: path.into(), held })
     }
 }
@@ -182,18 +185,23 @@ pub fn spawn(program: &Program, pod: &str, dir: &Path, line_bytes: u32) -> Resul
     Ok(())
 }
 
+/// A unix socket's path holds 108 bytes and ours may be deeper than that, so
+/// both ends name it beneath its open directory.
 fn listen(dir: &Path) -> io::Result<OwnedFd> {
-    let _ = std::fs::remove_file(dir.join("monitor.sock"));
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let dir = rustix::fs::open(dir, flags, Mode::empty())?;
-    let listener = std::os::unix::net::UnixListener::bind(beneath(&dir))?;
-    Ok(listener.into())
+    let _ = std::fs::remove_file(dir.join(SOCKET));
+    let dir = open_dir(dir)?;
+    Ok(berth_sys::fd::listen_at(&dir, SOCKET, BACKLOG, true)?)
 }
 
-/// A unix socket's path holds 108 bytes and ours may be deeper than that.
-fn beneath(dir: &OwnedFd) -> PathBuf {
-    format!("/proc/self/fd/{}/monitor.sock", dir.as_raw_fd()).into()
+fn open_dir(dir: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(dir, flags, Mode::empty())?)
 }
+
+const SOCKET: &str = "monitor.sock";
+
+/// Connections that may wait to be accepted; one daemon opens one.
+const BACKLOG: i32 = 16;
 
 impl Monitor {
     /// Connects to the monitor that listens at `dir`/monitor.sock; what it says
@@ -208,9 +216,10 @@ impl Monitor {
         events: mpsc::UnboundedSender<(T, Event)>,
     ) -> Result<Self, MonitorError> {
         let unreachable = |source| MonitorError::Unreachable { socket: dir.join("monitor.sock"), source };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let held = rustix::fs::open(dir, flags, Mode::empty()).map_err(|e| unreachable(e.into()))?;
-        let stream = UnixStream::connect(beneath(&held)).await.map_err(unreachable)?;
+        let connected = open_dir(dir).and_then(|dir| Ok(berth_sys::fd::connect_at(&dir, SOCKET)?));
+        let stream = std::os::unix::net::UnixStream::from(connected.map_err(unreachable)?);
+        stream.set_nonblocking(true).map_err(unreachable)?;
+        let stream = UnixStream::from_std(stream).map_err(unreachable)?;
         let stream = Arc::new(stream);
         let waiting = Waiting::default();
         let execs = Execs::default();
@@ -239,7 +248,7 @@ impl Monitor {
             hello: monitor_v1::HelloReply::default(),
         };
         let hello = monitor_v1::Hello { protocol: monitor_v1::PROTOCOL, events: true };
-        match monitor.ask(request::Body::Hello(hello), &[]).await?.0 {
+        match monitor.ask(request::Body::Hello(hello), Vec::new()).await?.0 {
             reply::Body::Hello(hello) => monitor.hello = hello,
             _ => return Err(MonitorError::Unexpected),
         }
@@ -250,7 +259,7 @@ impl Monitor {
     ///
     /// # Errors
     /// `Refused` with what the monitor said; `Lost`, `Silent`, `TooLarge`.
-    pub async fn ask(&self, body: request::Body, fds: &[OwnedFd]) -> Result<Answer, MonitorError> {
+    pub async fn ask(&self, body: request::Body, fds: Vec<OwnedFd>) -> Result<Answer, MonitorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
@@ -259,7 +268,7 @@ impl Monitor {
             lock(&self.waiting).remove(&id);
             return Err(MonitorError::Lost);
         }
-        let request = monitor_v1::Request { id, body: Some(body), fd_count: fds.len() as u32 };
+        let request = monitor_v1::Request { id, body: Some(body) };
         let sent = self.send(&request, fds).await;
         if let Err(error) = sent {
             lock(&self.waiting).remove(&id);
@@ -287,11 +296,23 @@ impl Monitor {
     ///
     /// # Errors
     /// As [`Monitor::ask`].
-    pub async fn tell(&self, body: request::Body, fds: &[OwnedFd]) -> Result<(), MonitorError> {
+    pub async fn tell(&self, body: request::Body, fds: Vec<OwnedFd>) -> Result<(), MonitorError> {
         match self.ask(body, fds).await?.0 {
             reply::Body::Done(_) => Ok(()),
             _ => Err(MonitorError::Unexpected),
         }
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_lost(&self) -> bool {
+        *self.lost.borrow()
+    }
+
+    /// Waits until the connection has ended, which it does with the monitor.
+    pub async fn ended(&self) {
+        let mut lost = self.lost.clone();
+        // An error means that the reader is gone, and the connection with it.
+        let _ = lost.wait_for(|lost| *lost).await;
     }
 
     /// Whom to tell when the exec `id` ends; to be called before it is asked for.
@@ -306,45 +327,32 @@ impl Monitor {
         lock(&self.execs).remove(id);
     }
 
-    async fn send(&self, request: &monitor_v1::Request, fds: &[OwnedFd]) -> Result<(), MonitorError> {
-        let length = request.encoded_len();
-        if length > MAX_FRAME_BYTES || fds.len() > MAX_FDS {
-            return Err(MonitorError::TooLarge { bytes: length, fds: fds.len() });
+    async fn send(
+        &self,
+        request: &monitor_v1::Request,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), MonitorError> {
+        let body = request.encode_to_vec();
+        if body.len() > MAX_FRAME_BYTES || fds.len() > MAX_FDS {
+            return Err(MonitorError::TooLarge { bytes: body.len(), fds: fds.len() });
         }
-        let mut frame = Vec::with_capacity(4 + length);
-        frame.extend_from_slice(&(length as u32).to_le_bytes());
-        request.encode(&mut frame).map_err(|_| MonitorError::Unexpected)?;
-        let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(|fd| fd.as_fd()).collect();
-
+        let mut writer = FrameWriter::new();
+        if writer.push(&body, fds).is_err() {
+            return Err(MonitorError::TooLarge { bytes: body.len(), fds: 0 });
+        }
         let _writing = self.writing.lock().await;
-        let mut sent = 0;
-        while sent < frame.len() {
-            let fds: &[BorrowedFd<'_>] = if sent == 0 { &borrowed } else { &[] };
-            let written = self
-                .stream
-                .async_io(Interest::WRITABLE, || send_with_fds(&self.stream, &frame[sent..], fds))
-                .await;
-            match written {
-                Ok(written) => sent += written,
-                Err(_) => {
-                    // Half a frame is worse than none: nothing after it could be understood.
-                    let _ = rustix::net::shutdown(&*self.stream, rustix::net::Shutdown::Both);
-                    return Err(MonitorError::Lost);
-                }
-            }
+        let flush = || match writer.flush(&*self.stream) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if self.stream.async_io(Interest::WRITABLE, flush).await.is_err() {
+            // Half a frame is worse than none: nothing after it could be understood.
+            let _ = rustix::net::shutdown(&*self.stream, rustix::net::Shutdown::Both);
+            return Err(MonitorError::Lost);
         }
         Ok(())
     }
-}
-
-fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
-    }
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    Ok(rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags)?)
 }
 
 /// Reads frames until the connection ends and hands each to whom it is for.
@@ -355,89 +363,33 @@ async fn read_all<T: Clone + Send>(
     tag: &T,
     events: &mpsc::UnboundedSender<(T, Event)>,
 ) -> io::Result<()> {
-    let mut buffer: Vec<u8> = Vec::new();
-    let mut fds: VecDeque<OwnedFd> = VecDeque::new();
+    let mut reader = FrameReader::new(Bounds { frame_bytes: MAX_FRAME_BYTES, fds: MAX_FDS });
     loop {
-        while let Some(reply) = next_frame(&mut buffer)? {
-            let Some(body) = reply.body else { continue };
-            match body {
-                reply::Body::Exited(exited) if reply.id == 0 => {
-                    if exited.exec_id.is_empty() {
-                        let _ = events.send((tag.clone(), Event::Exited(exited)));
-                    } else if let Some(waiter) = lock(execs).remove(&exited.exec_id) {
-                        let _ = waiter.send(exited);
-                    }
-                }
-                body => {
-                    let count = (reply.fd_count as usize).min(fds.len());
-                    let with: Vec<OwnedFd> = fds.drain(..count).collect();
-                    if let Some(waiter) = lock(waiting).remove(&reply.id) {
-                        let _ = waiter.send((body, with));
-                    }
+        let read = || match reader.read(stream) {
+            Ok(Received::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
+            Ok(received) => Ok(received),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        let frame = match stream.async_io(Interest::READABLE, read).await? {
+            Received::Frame(frame) => frame,
+            Received::Closed | Received::WouldBlock => return Ok(()),
+        };
+        let reply = monitor_v1::Reply::decode(&*frame.bytes).map_err(io::Error::other)?;
+        match reply.body {
+            Some(reply::Body::Exited(exited)) if reply.id == 0 => {
+                if exited.exec_id.is_empty() {
+                    let _ = events.send((tag.clone(), Event::Exited(exited)));
+                } else if let Some(waiter) = lock(execs).remove(&exited.exec_id) {
+                    let _ = waiter.send(exited);
                 }
             }
+            Some(body) => {
+                if let Some(waiter) = lock(waiting).remove(&reply.id) {
+                    let _ = waiter.send((body, frame.fds));
+                }
+            }
+            // An event of a later version.
+            None => {}
         }
-        let mut chunk = [0u8; 16 << 10];
-        let read = stream
-            .async_io(Interest::READABLE, || receive(stream, &mut chunk, &mut fds))
-            .await?;
-        if read == 0 {
-            return Ok(());
-        }
-        buffer.extend_from_slice(&chunk[..read]);
-    }
-}
-
-fn receive(stream: &UnixStream, chunk: &mut [u8], fds: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = rustix::net::recvmsg(stream, &mut [IoSliceMut::new(chunk)], &mut control, flags)?;
-    for ancillary in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = ancillary {
-            fds.extend(received);
-        }
-    }
-    Ok(message.bytes)
-}
-
-/// Takes one whole frame off the front of `buffer`.
-fn next_frame(buffer: &mut Vec<u8>) -> io::Result<Option<monitor_v1::Reply>> {
-    let Some(header) = buffer.first_chunk::<4>() else { return Ok(None) };
-    let length = u32::from_le_bytes(*header) as usize;
-    if length > MAX_FRAME_BYTES {
-        return Err(io::Error::other(format!("a frame of {length} bytes")));
-    }
-    if buffer.len() < 4 + length {
-        return Ok(None);
-    }
-    let reply = monitor_v1::Reply::decode(&buffer[4..4 + length]).map_err(io::Error::other)?;
-    buffer.drain(..4 + length);
-    Ok(Some(reply))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_frame_is_taken_only_when_whole() {
-        let reply = monitor_v1::Reply { id: 7, body: Some(reply::Body::Done(monitor_v1::Done {})), fd_count: 0 };
-        let body = reply.encode_to_vec();
-        let mut frame = (body.len() as u32).to_le_bytes().to_vec();
-        frame.extend_from_slice(&body);
-        for cut in 0..frame.len() {
-            assert!(next_frame(&mut frame[..cut].to_vec()).unwrap().is_none());
-        }
-        let mut two = [frame.clone(), frame].concat();
-        assert_eq!(next_frame(&mut two).unwrap().unwrap().id, 7);
-        assert_eq!(next_frame(&mut two).unwrap().unwrap().id, 7);
-        assert!(two.is_empty());
-    }
-
-    #[test]
-    fn a_frame_longer_than_the_bound_is_refused() {
-        let mut buffer = (MAX_FRAME_BYTES as u32 + 1).to_le_bytes().to_vec();
-        next_frame(&mut buffer).unwrap_err();
     }
 }

@@ -93,7 +93,7 @@ pub struct PodRecord {
     pub network: Option<serde_json::Value>,
     /// The cgroup that containers are made below.
     #[serde(default)]
-    pub cgroup_parent: String,
+    pub cgroup: Option<crate::cgroup::Parent>,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,

@@ -1,0 +1,246 @@
+//! CreateContainer: record, snapshot, identity, cgroup, spec, created.
+
+use super::{Inner, Sandboxes, blocking, internal, now};
+use crate::cgroup::Cgroup;
+use crate::container::{ContainerEvent, ContainerRecord, ContainerState};
+use crate::container_spec::ContainerSpec;
+use crate::error::{Kind, Result, SandboxError};
+use crate::id::{ContainerId, PodId};
+use crate::image::{ContainerImage, parse_stop_signal};
+use crate::operation::Stage;
+use crate::{oci, user};
+use berth_store::crash;
+use std::sync::Arc;
+
+/// Largest passwd or group file of an image that is read, in bytes.
+const ACCOUNTS_BYTES: usize = 1 << 20;
+
+const SIGTERM: i32 = 15;
+
+impl Sandboxes {
+    /// Makes a container in a ready pod; the ID of the one that is there already
+    /// when one of that name and attempt is made, being made or running.
+    ///
+    /// # Errors
+    /// `PodNotFound`, `WrongState` when the pod is not ready, or what any step
+    /// met; nothing is left of the container then.
+    pub async fn create_container(
+        &self,
+        pod: &str,
+        spec: ContainerSpec,
+        image: ContainerImage,
+    ) -> Result<ContainerId> {
+        let pod = self.0.pod(pod)?;
+        let object = format!("{} {:?}", pod.id, (&spec.name.name, spec.name.attempt));
+        let subject = format!("{}/{}", pod.spec.name, spec.name.name);
+        let id = self
+            .0
+            .operation("CreateContainer", object, subject, |me, stage| async move {
+                me.create_container(pod.id.clone(), spec, image, stage).await.map(String::from)
+            })
+            .await?;
+        id.parse().map_err(internal("the operation gave no ID"))
+    }
+}
+
+impl Inner {
+    async fn create_container(
+        self: &Arc<Self>,
+        pod: PodId,
+        spec: ContainerSpec,
+        image: ContainerImage,
+        stage: Stage,
+    ) -> Result<ContainerId> {
+        let view = self.objects.view();
+        let same = |container: &&Arc<ContainerRecord>| {
+            container.spec.name == spec.name
+                && matches!(
+                    container.state,
+                    ContainerState::Created | ContainerState::Starting | ContainerState::Running { .. }
+                )
+        };
+        if let Some(container) = view.containers_of(&pod).find(same) {
+            return Ok(container.id.clone());
+        }
+        let Some(record) = view.pod(pod.as_str()) else {
+            return Err(SandboxError::no_pod(pod.as_str()));
+        };
+        stage.enter("record");
+        let of_image = image.config.stop_signal.as_deref().and_then(parse_stop_signal);
+        let container = ContainerRecord {
+            id: ContainerId::random().map_err(internal("no random ID"))?,
+            pod,
+            log_path: self.log_path(&record.spec, &spec),
+            stop_signal: spec.stop_signal.or(of_image).unwrap_or(SIGTERM),
+            spec,
+            image,
+            state: ContainerState::Creating,
+            created_at: now(),
+            identity: None,
+            cgroup: None,
+            message: String::new(),
+        };
+        let me = self.clone();
+        let container = blocking(move || me.objects.insert_container(container)).await?;
+        crash::point("create_container.record");
+        let made = self.make_container(&container, &stage).await;
+        if let Err(error) = made {
+            stage.enter("undo");
+            // As it is now: the cgroup may be in the record since.
+            let now = self.objects.view().container(container.id.as_str()).cloned();
+            let undone = self.remove_container(&now.unwrap_or(container.clone()), None).await;
+            if let Err(failure) = undone {
+                self.pending.remove(container, &failure);
+            }
+            return Err(error);
+        }
+        Ok(container.id.clone())
+    }
+
+    async fn make_container(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+        stage: &Stage,
+    ) -> Result<()> {
+        let id = container.id.clone();
+        stage.enter("snapshot");
+        let (me, record) = (self.clone(), container.clone());
+        let identity = blocking(move || {
+            let image = &record.image.id;
+            me.images
+                .prepare(&record.id, image)
+                .map_err(internal(format!("cannot prepare the file system of container {}", record.id)))?;
+            crash::point("create_container.snapshot");
+            me.identity(&record)
+        })
+        .await?;
+
+        stage.enter("cgroup");
+        let (me, record) = (self.clone(), container.clone());
+        blocking(move || {
+            let view = me.objects.view();
+            let pod = view.pod(record.pod.as_str());
+            let pod = pod.ok_or_else(|| SandboxError::no_pod(record.pod.as_str()))?;
+            let parent = pod.cgroup.as_ref().map_or("", |parent| parent.path.as_str());
+            let devices = oci::device_rules(&record.spec).map_err(invalid("the devices do not fit"))?;
+            // The path is known before it is made, so that a crash in between leaves nothing unknown.
+            let planned = me.planned_cgroup(parent, &record.id)?;
+            me.objects.update_container(&record.id, |container| {
+                container.identity = Some(identity);
+                container.cgroup = Some(planned);
+                Ok(())
+            })?;
+            let text = format!("cannot make the cgroup of container {}", record.id);
+            me.cgroups
+                .create(parent, &record.id, &record.spec.resources, &devices)
+                .map_err(internal(text))?;
+            crash::point("create_container.cgroup");
+            Ok(())
+        })
+        .await?;
+
+        stage.enter("spec");
+        let (me, of) = (self.clone(), id.clone());
+        blocking(move || {
+            let view = me.objects.view();
+            let record = view.container(of.as_str());
+            let record = record.ok_or_else(|| SandboxError::no_container(of.as_str()))?;
+            // What cannot be said as an OCI spec is refused now and not at the start.
+            me.runtime_spec(record).map(drop)
+        })
+        .await?;
+
+        stage.enter("created");
+        self.container_event(&id, ContainerEvent::Made).await?;
+        crash::point("create_container.created");
+        Ok(())
+    }
+
+    fn planned_cgroup(&self, parent: &str, id: &ContainerId) -> Result<Cgroup> {
+        self.cgroups
+            .at(&format!("{parent}/berth-{id}"))
+            .map_err(invalid(format!("{parent:?} is no cgroup parent")))
+    }
+
+    fn identity(&self, container: &ContainerRecord) -> Result<user::Identity> {
+        let read = |path: &str| {
+            self.images
+                .read_file(&container.image.id, path, ACCOUNTS_BYTES)
+                .map_err(internal(format!("cannot read {path} of the image")))
+        };
+        let (passwd, group) = (read("etc/passwd")?, read("etc/group")?);
+        let security = &container.spec.security;
+        user::resolve(
+            passwd.as_deref(),
+            group.as_deref(),
+            &container.image.config.user,
+            &security.user,
+            &security.supplemental_groups,
+            security.supplemental_groups_policy,
+        )
+        .map_err(invalid(format!("container {}: no such user", container.spec.name.name)))
+    }
+
+    /// The OCI runtime spec of a container, made anew from its record, and its
+    /// environment as bytes.
+    ///
+    /// Plugins of the NRI kind would see and change the spec at the end of this,
+    /// before it is final; what they changed would have to be in the record.
+    pub(super) fn runtime_spec(
+        &self,
+        container: &ContainerRecord,
+    ) -> Result<(oci_spec::runtime::Spec, Vec<Vec<u8>>)> {
+        let view = self.objects.view();
+        let pod = view.pod(container.pod.as_str());
+        let pod = pod.ok_or_else(|| SandboxError::no_pod(container.pod.as_str()))?;
+        let identity = match &container.identity {
+            Some(identity) => identity,
+            None => {
+                let text = format!("container {} has no user yet", container.id);
+                return Err(SandboxError::new(Kind::WrongState, text));
+            }
+        };
+        let input = oci::Input {
+            pod_id: &pod.id,
+            pod: &pod.spec,
+            container_id: &container.id,
+            container: &container.spec,
+            image: &container.image,
+            identity,
+            files: &crate::pod_files::at(&self.run_dir(&pod.id), &pod.spec),
+            cgroup: container.cgroup.as_ref(),
+            defaults: &self.settings.defaults,
+        };
+        let built = oci::build(&input)
+            .map_err(invalid(format!("container {} cannot be run", container.spec.name.name)))?;
+        Ok((built.spec, built.raw_env))
+    }
+
+    /// The container's seccomp filter; empty for none.
+    pub(super) fn seccomp_filter(&self, container: &ContainerRecord) -> Result<Arc<[u8]>> {
+        use crate::container_spec::SeccompProfile;
+        let security = &container.spec.security;
+        if security.privileged {
+            return Ok(Arc::from([]));
+        }
+        let caps = oci::capabilities(security).map_err(invalid("the capabilities do not fit"))?;
+        match &security.seccomp {
+            SeccompProfile::Unconfined => Ok(Arc::from([])),
+            SeccompProfile::RuntimeDefault => self
+                .seccomp
+                .compile_default(caps.bounding)
+                .map_err(internal("cannot compile the default seccomp profile")),
+            SeccompProfile::Localhost(path) => self
+                .seccomp
+                .compile_file(path, caps.bounding)
+                .map_err(invalid(format!("cannot use the seccomp profile {}", path.display()))),
+        }
+    }
+}
+
+pub(super) fn invalid<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    text: impl Into<String>,
+) -> impl FnOnce(E) -> SandboxError {
+    let text = text.into();
+    move |error| SandboxError::caused(Kind::Invalid, text, error)
+}

@@ -1,0 +1,167 @@
+//! StartContainer: intent, plan, launch, running.
+
+use super::{Inner, Sandboxes, blocking, internal, now};
+use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
+use crate::error::{Kind, Result, SandboxError};
+use crate::launch::{self, Extra};
+use crate::monitor::MonitorError;
+use crate::operation::Stage;
+use crate::pod_spec::{Namespace, PidMode};
+use berth_proto::monitor_v1::{self, reply, request};
+use berth_store::crash;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What StartError is reported with, as peers do.
+const START_ERROR: i32 = 128;
+
+impl Sandboxes {
+    /// Starts a created container; one that runs counts as started.
+    ///
+    /// # Errors
+    /// `WrongState` when it has ended or its pod is not ready; what any step
+    /// met: the container is Exited then, with reason StartError.
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let container = self.0.container(id)?;
+        let subject = container.spec.name.name.clone();
+        self.0
+            .operation("StartContainer", id, subject, |me, stage| async move {
+                me.start_container(&container, &stage).await.map(|()| String::new())
+            })
+            .await
+            .map(drop)
+    }
+}
+
+impl Inner {
+    async fn start_container(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+        stage: &Stage,
+    ) -> Result<()> {
+        let id = &container.id;
+        let view = self.objects.view();
+        let current = view.container(id.as_str());
+        let current = current.ok_or_else(|| SandboxError::no_container(id.as_str()))?;
+        if matches!(current.state, ContainerState::Running { .. }) {
+            return Ok(());
+        }
+        match view.pod(container.pod.as_str()) {
+            Some(pod) if pod.state.is_ready() => {}
+            Some(_) | None => {
+                let text = format!("pod sandbox {} is not ready", container.pod);
+                return Err(SandboxError::new(Kind::WrongState, text));
+            }
+        }
+        stage.enter("intent");
+        let container = self.container_event(id, ContainerEvent::Start).await?;
+        crash::point("start_container.intent");
+        let started = self.launch(&container, stage).await;
+        let (event, outcome) = match started {
+            Ok(started) => {
+                let event = ContainerEvent::Started {
+                    since: started.started_at,
+                    pid: started.pid,
+                    start_ticks: started.start_ticks,
+                };
+                (event, Ok(()))
+            }
+            Err(error) => {
+                let exit = Exit {
+                    code: START_ERROR,
+                    reason: "StartError".into(),
+                    message: error.chain(),
+                };
+                (ContainerEvent::Exited { at: now(), exit }, Err(error))
+            }
+        };
+        self.container_event(id, event).await?;
+        crash::point("start_container.running");
+        if outcome.is_err() {
+            // Off the reply path; removal does it again.
+            let (me, container) = (self.clone(), container.clone());
+            tokio::spawn(async move { me.release_cgroup(&container).await });
+        }
+        outcome
+    }
+
+    async fn launch(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+        stage: &Stage,
+    ) -> Result<monitor_v1::Started> {
+        stage.enter("plan");
+        let monitor = self.monitor(&container.pod)?;
+        let (me, record) = (self.clone(), container.clone());
+        let (message, fds) = blocking(move || me.plan(&record)).await?;
+        crash::point("start_container.planned");
+        stage.enter("launch");
+        let (answer, _) = monitor
+            .ask(request::Body::Launch(message), fds)
+            .await
+            .map_err(|error| launch_error(error, "cannot start the container"))?;
+        crash::point("start_container.launched");
+        match answer {
+            reply::Body::Started(started) => Ok(started),
+            _ => Err(SandboxError::new(Kind::Internal, "the monitor's answer does not fit")),
+        }
+    }
+
+    fn plan(&self, container: &ContainerRecord) -> Result<(monitor_v1::Launch, Vec<OwnedFd>)> {
+        let view = self.objects.view();
+        let pod = view.pod(container.pod.as_str());
+        let pod = pod.ok_or_else(|| SandboxError::no_pod(container.pod.as_str()))?;
+        let (spec, raw_env) = self.runtime_spec(container)?;
+        let seccomp = self.seccomp_filter(container)?;
+        let rootfs = self
+            .images
+            .mount(&container.id)
+            .map_err(internal(format!("cannot mount the file system of container {}", container.id)))?;
+        if let Some(dir) = container.log_path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+            std::fs::create_dir_all(dir)
+                .map_err(internal(format!("cannot make the log directory {}", dir.display())))?;
+        }
+        let cgroup = container.cgroup.as_ref().ok_or_else(|| {
+            SandboxError::new(Kind::Internal, format!("container {} has no cgroup", container.id))
+        })?;
+        let namespaces = &pod.spec.namespaces;
+        let own_net = namespaces.network == Namespace::Pod;
+        launch::plan(
+            &spec,
+            Extra {
+                container_id: container.id.to_string(),
+                cgroup: cgroup.for_monitor(),
+                rootfs,
+                raw_env,
+                seccomp,
+                log_path: container.log_path.clone(),
+                log_line_bytes: self.settings.log_line_bytes,
+                stdin: container.spec.stdin,
+                stdin_once: container.spec.stdin_once,
+                exit_record: self.objects.exit_path(&container.pod, &container.id),
+                join_net: own_net,
+                join_uts: own_net,
+                join_ipc: namespaces.ipc == Namespace::Pod,
+                join_pid: container.spec.security.pid == PidMode::Pod,
+            },
+        )
+        .map_err(internal(format!("cannot plan the start of container {}", container.spec.name.name)))
+    }
+}
+
+/// A monitor's refusal as a user understands it.
+pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
+    const ENOENT: i32 = 2;
+    let kind = match &error {
+        MonitorError::Refused { errno: ENOENT, stage, .. } if stage == "exec" => Kind::Missing,
+        MonitorError::Refused { not_found: true, .. } => Kind::WrongState,
+        MonitorError::Refused { .. }
+        | MonitorError::Spawn { .. }
+        | MonitorError::Unreachable { .. }
+        | MonitorError::Lost
+        | MonitorError::Silent
+        | MonitorError::Unexpected
+        | MonitorError::TooLarge { .. } => Kind::Internal,
+    };
+    SandboxError::caused(kind, text, error)
+}
