@@ -5,11 +5,28 @@
 //! [`ContainerSpec`] and what it finds in a [`view::View`] into answers.
 #![forbid(unsafe_code)]
 
+pub mod capability;
 pub mod cgroup;
 pub mod container_spec;
 pub mod id;
 pub mod image;
 pub mod pod_spec;
+pub mod user;
+
+#[cfg(feature = "lifecycle")]
+pub mod container;
+#[cfg(feature = "lifecycle")]
+pub mod error;
+#[cfg(feature = "lifecycle")]
+pub mod monitor;
+#[cfg(feature = "lifecycle")]
+pub mod operation;
+#[cfg(feature = "lifecycle")]
+pub mod pod;
+#[cfg(feature = "lifecycle")]
+pub mod service;
+#[cfg(feature = "lifecycle")]
+pub mod view;
 
 pub use container_spec::{ContainerName, ContainerSpec};
 pub use id::{BadId, ContainerId, PodId};
