@@ -1,0 +1,212 @@
+//! Every key there is, with its unit, its default and its documentation: the
+//! one source of the structs, the defaults, the parser and the printed file.
+
+use super::setting::{
+    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, Setting, UnsetSeccomp,
+};
+use std::path::PathBuf;
+use toml::de::DeValue;
+
+/// One key, for printing.
+pub struct Key {
+    pub name: &'static str,
+    /// Its documentation, a line each.
+    pub docs: &'static [&'static str],
+    /// The current value in TOML.
+    pub value: String,
+}
+
+/// Why a key could not be set.
+pub enum Refusal {
+    /// There is no such key.
+    Unknown,
+    /// The value is not what the key wants, which is this.
+    WrongType(String),
+}
+
+/// One `[section]` of the file.
+pub trait Section {
+    /// Its documentation, a line each.
+    fn docs(&self) -> &'static [&'static str];
+    /// The names of its keys.
+    fn names(&self) -> &'static [&'static str];
+    /// Its keys with their current values.
+    fn keys(&self) -> Vec<Key>;
+    /// Sets one key.
+    fn set(&mut self, name: &str, value: &DeValue<'_>) -> Result<(), Refusal>;
+}
+
+macro_rules! sections {
+    ($(
+        $(#[doc = $doc:literal])*
+        $field:ident: $section:ident {
+            $( $(#[doc = $kdoc:literal])* $key:ident: $type:ty = $default:expr; )*
+        }
+    )*) => {
+        $(
+            $(#[doc = $doc])*
+            #[derive(Clone, Debug, PartialEq)]
+            pub struct $section {
+                $( $(#[doc = $kdoc])* pub $key: $type, )*
+            }
+
+            impl Default for $section {
+                fn default() -> Self {
+                    Self { $( $key: $default, )* }
+                }
+            }
+
+            impl Section for $section {
+                fn docs(&self) -> &'static [&'static str] {
+                    &[$($doc),*]
+                }
+                fn names(&self) -> &'static [&'static str] {
+                    &[$(stringify!($key)),*]
+                }
+                fn keys(&self) -> Vec<Key> {
+                    vec![$(Key {
+                        name: stringify!($key),
+                        docs: &[$($kdoc),*],
+                        value: self.$key.write(),
+                    }),*]
+                }
+                fn set(&mut self, name: &str, value: &DeValue<'_>) -> Result<(), Refusal> {
+                    match name {
+                        $(stringify!($key) => {
+                            self.$key = <$type as Setting>::read(value)
+                                .ok_or_else(|| Refusal::WrongType(<$type as Setting>::wanted()))?;
+                            Ok(())
+                        })*
+                        _ => Err(Refusal::Unknown),
+                    }
+                }
+            }
+        )*
+
+        /// The whole configuration. `Default` is what a node without a file has.
+        #[derive(Clone, Debug, Default, PartialEq)]
+        pub struct Config {
+            $( $(#[doc = $doc])* pub $field: $section, )*
+        }
+
+        impl Config {
+            /// The names of all sections, in the order they are printed.
+            pub const SECTIONS: &'static [&'static str] = &[$(stringify!($field)),*];
+
+            /// A section by name.
+            pub fn section(&self, name: &str) -> Option<&dyn Section> {
+                match name {
+                    $(stringify!($field) => Some(&self.$field),)*
+                    _ => None,
+                }
+            }
+
+            /// A section by name, to be changed.
+            pub fn section_mut(&mut self, name: &str) -> Option<&mut dyn Section> {
+                match name {
+                    $(stringify!($field) => Some(&mut self.$field),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+sections! {
+    /// Where things are kept. Empty paths follow `--root`.
+    paths: Paths {
+        /// Images and the records of pods and containers; must survive a reboot.
+        /// Keep it outside directories that only root may enter.
+        /// "": /var/lib/berth, or DIR/lib with --root DIR.
+        state: PathBuf = PathBuf::new();
+        /// What lives until the reboot: sockets, pinned namespaces, /dev/shm of pods.
+        /// "": /run/berth, or DIR/run with --root DIR.
+        run: PathBuf = PathBuf::new();
+    }
+
+    /// The socket that the kubelet and crictl talk to.
+    grpc: Grpc {
+        /// Path of the unix socket. --socket overrides it.
+        /// "": berth.sock in the run directory (/run/berth/berth.sock).
+        socket: PathBuf = PathBuf::new();
+        /// Permissions of the socket, octal. Who may open it is root on this node.
+        socket_mode: FileMode = FileMode(0o660);
+    }
+
+    /// Metrics for Prometheus, plain HTTP, path /metrics.
+    metrics: Metrics {
+        /// Address and port to listen on, "127.0.0.1:9475" for example. Nothing else is bound.
+        /// "": off.
+        address: String = String::new();
+    }
+
+    /// Pulling and keeping images.
+    images: Images {
+        /// Directories with <host>/hosts.toml files (mirrors, plain HTTP, CAs), the first that
+        /// knows a host wins. Read at every pull.
+        /// []: certs.d beside the main configuration file's directory: /etc/berth/certs.d, or
+        /// DIR/etc/certs.d with --root DIR.
+        certs_d: Vec<PathBuf> = Vec::new();
+        /// Layers downloaded at the same time, over all pulls together. Unit: layers, at least 1.
+        max_parallel_downloads: u32 = 6;
+    }
+
+    /// The network of pods that do not use the host's.
+    network: Network {
+        /// What happens without a CNI configuration: "builtin" uses Berth's own bridge, "wait"
+        /// keeps the node NetworkReady=false until a conflist appears.
+        default: DefaultNetwork = DefaultNetwork::Builtin;
+        /// Name of the built-in network's bridge, at most 15 characters.
+        bridge: String = "berth0".to_owned();
+        /// Subnets the built-in network gives addresses from, at most one for IPv4 and one for IPv6.
+        subnets: Vec<String> = vec!["10.88.0.0/16".to_owned()];
+        /// Largest packet on the built-in network. Unit: bytes. 0: that of the default route's link.
+        mtu: u32 = 0;
+        /// Whether packets that leave the subnet get the host's address.
+        masquerade: bool = true;
+        /// Whether a pod reaches itself through its own host port.
+        hairpin: bool = true;
+        /// Directory with CNI configurations; the first by name counts.
+        /// "": /etc/cni/net.d, or DIR/etc/cni/net.d with --root DIR.
+        cni_conf_dir: PathBuf = PathBuf::new();
+        /// Directories with CNI plugins, searched in this order.
+        cni_bin_dirs: Vec<PathBuf> = vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")];
+    }
+
+    /// Control groups.
+    cgroup: Cgroup {
+        /// "auto", "cgroupfs" or "systemd". auto: the one that suits this node, found out at start;
+        /// today that is cgroupfs everywhere. The kubelet learns it from RuntimeConfig.
+        driver: CgroupDriver = CgroupDriver::Auto;
+        /// Parent of pods whose request names none.
+        parent: String = "/berth".to_owned();
+    }
+
+    /// The process that watches over one pod.
+    monitor: Monitor {
+        /// The berth-monitor program. "": beside the berth program, else in PATH.
+        path: PathBuf = PathBuf::new();
+    }
+
+    /// What containers get unless they ask for something else.
+    runtime: Runtime {
+        /// Soft limit of open files. Unit: descriptors.
+        nofile_soft: u64 = 1024;
+        /// Hard limit of open files; clamped to what the daemon may give. Unit: descriptors.
+        nofile_hard: u64 = 524_288;
+        /// A container whose request names no seccomp profile at all: "unconfined", as CRI says, or
+        /// "runtime/default". The kubelet always names one.
+        unset_seccomp: UnsetSeccomp = UnsetSeccomp::Unconfined;
+        /// Longest piece of output in one line of a container's log; longer lines are split and
+        /// marked P. Unit: bytes, 256 to 1048576.
+        log_line_bytes: u32 = 16_384;
+    }
+
+    /// The daemon's own log, on standard error.
+    log: Log {
+        /// "error", "warn", "info", "debug" or "trace". Read again at SIGHUP.
+        level: LogLevel = LogLevel::Info;
+        /// "text" or "json" (one object a line).
+        format: LogFormat = LogFormat::Text;
+    }
+}

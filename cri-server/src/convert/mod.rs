@@ -1,0 +1,53 @@
+//! CRI's messages to what `sandbox` wants, and back.
+//!
+//! All validation of requests is here: what leaves this module as a `PodSpec` or
+//! a `ContainerSpec` can be carried out or is refused by the kernel, but is never
+//! nonsense. Each refusal names the field by its path in the request.
+
+#[cfg(any())]
+pub mod answer;
+pub mod container;
+pub mod field;
+#[cfg(any())]
+pub mod filter;
+pub mod image;
+mod mount;
+mod not_yet;
+pub mod pod;
+pub mod resources;
+mod security;
+pub mod signal;
+#[cfg(test)]
+mod tests;
+pub mod text;
+
+pub use container::container_spec;
+pub use field::{Field, Refused};
+pub use pod::pod_spec;
+
+use berth_sandbox::container_spec::SeccompProfile;
+use std::path::Path;
+
+/// What a request's meaning depends on.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// SELinux is enabled.
+    pub selinux: bool,
+    /// AppArmor is enabled.
+    pub apparmor: bool,
+    /// The profile of containers whose request names none.
+    pub unset_seccomp: SeccompProfile,
+}
+
+impl NodeFacts {
+    /// What this kernel has, and what the configuration says.
+    /// Source: selinuxfs is mounted where SELinux is enabled; Documentation/admin-guide/LSM/apparmor.rst.
+    pub fn detect(unset_seccomp: SeccompProfile) -> Self {
+        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+        Self {
+            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            apparmor: enabled.is_ok_and(|text| text.trim() == "Y"),
+            unset_seccomp,
+        }
+    }
+}
