@@ -10,6 +10,8 @@ pub mod cgroup;
 pub mod container_spec;
 pub mod id;
 pub mod image;
+pub mod oci;
+pub mod pod_files;
 pub mod pod_spec;
 pub mod user;
 
