@@ -12,10 +12,14 @@
 pub mod address;
 pub mod bridge;
 pub mod conntrack;
+pub mod hostport;
 pub mod ipam;
 pub mod netlink;
 pub mod netns;
 pub mod network;
+pub mod nftables;
+pub mod process;
+pub mod sysctl;
 
 pub use address::IpNet;
 pub use network::{
