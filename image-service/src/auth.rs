@@ -199,6 +199,16 @@ pub(crate) enum Challenge {
     },
 }
 
+impl Challenge {
+    /// True when answering it takes a request over https.
+    pub fn wants_https(&self) -> bool {
+        match self {
+            Challenge::Basic => false,
+            Challenge::Bearer { realm, .. } => !realm.starts_with("http:"),
+        }
+    }
+}
+
 /// The challenges of one `WWW-Authenticate` header that we know; unknown schemes and what does
 /// not parse are left out.
 pub(crate) fn parse_challenges(header: &str) -> Vec<Challenge> {

@@ -283,9 +283,12 @@ pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, Hosts
         why,
     };
     let raw: RawFile = toml::from_str(text).map_err(|error| {
-        let line = error.span().map_or(1, |span| {
-            text[..span.start.min(text.len())].lines().count().max(1)
-        });
+        let start = error.span().map_or(0, |span| span.start.min(text.len()));
+        let line = text.as_bytes()[..start]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1;
         invalid(format!("line {line}: {}", error.message()))
     })?;
     if raw.host.len() > MAX_HOSTS {
