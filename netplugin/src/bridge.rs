@@ -454,9 +454,11 @@ impl Bridge {
             Some(mtu) => mtu,
             None => uplink_mtu(&mut socket)?,
         };
+        // Down until its settings are made.
         let create = LinkBridge::new(name)
             .mtu(mtu)
             .address(mac_of(&self.gateways()))
+            .down()
             .build();
         let create = new_link("make the bridge", NLM_F_CREATE | NLM_F_EXCL, create);
         socket.run(&[create.or(Errno::EXIST)])?;
@@ -464,6 +466,12 @@ impl Bridge {
             .filter(is_bridge)
             .ok_or_else(|| NetError::NotABridge { name: name.clone() })?;
         let index = link.header.index;
+        if self.settings.ipv6.is_some() {
+            // Looking for a pod takes a link-local address that is past its detection: the
+            // first pod's packets would wait two seconds for that.
+            let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"));
+            sysctl::write(&path, "0").map_err(|source| NetError::Sysctl { path, source })?;
+        }
         let mut requests: Vec<Request> = self
             .subnets
             .iter()
