@@ -1,0 +1,728 @@
+//! Pulling one image, from a reference to a record.
+//!
+//! ```text
+//! tag ── HEAD ──> digest ──> manifest or index ──> config ──┬─> layer ─┐
+//!                                                           ├─> layer ─┤  each one stream:
+//!                                                           └─> layer ─┤  download, verify,
+//!                                                                      │  decompress, verify
+//!                                      record <── one syncfs <─────────┘  the diff ID, unpack
+//! ```
+//! What is here already, by digest or diff ID, is not fetched. Every configured host is tried
+//! in its order for each step. A crash before the record leaves no image, and what was unpacked
+//! is found again by the next pull.
+
+use crate::content::{BadBlob, Content, ContentError, MAX_DOCUMENT_BYTES, VerifyingReader};
+use crate::digest::Digest;
+use crate::image::ImageRecord;
+use crate::layer;
+use crate::manifest::{
+    self, Descriptor, Document, ImageConfig, LayerPacking, Manifest, ManifestError, Platform,
+};
+use crate::progress::{Progress, Stage};
+use crate::reference::{BadReference, Reference};
+use crate::registry::{Registry, RegistryError};
+use crate::unpack::{Compression, UnpackError};
+use berth_store::{RecordError, crash};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use std::collections::BTreeSet;
+use std::error::Error as StdError;
+use std::fmt;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{mpsc, watch};
+
+/// The points a pull can be killed at, in order. See [`berth_store::crash`].
+pub const CRASH_POINTS: &[&str] = &[
+    "pull_image.before_manifest",
+    "pull_image.after_config",
+    "pull_image.after_first_layer",
+    "pull_image.before_sync",
+    "pull_image.before_record",
+    "pull_image.after_record",
+];
+
+/// How many indexes may lie within each other: builders nest one, nobody two.
+const MAX_INDEX_DEPTH: usize = 3;
+/// Chunks of a layer between the network and the unpacking; hyper's chunks have up to 400 KiB.
+const CHUNKS_AHEAD: usize = 8;
+
+/// Why an image could not be pulled.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// The reference is none.
+    #[error("cannot pull the image")]
+    Reference(#[from] BadReference),
+    /// No host gave what was asked for; this is the last one's reason.
+    #[error("cannot get the {what} of {image}{earlier}")]
+    Registry {
+        /// "manifest", "config", "layer sha256:...".
+        what: String,
+        /// The reference.
+        image: String,
+        /// What the hosts before it said.
+        earlier: Earlier,
+        /// What the last host said.
+        source: Box<RegistryError>,
+    },
+    /// A host gave something else than what was asked for.
+    #[error("the {what} of {image} from {host} is wrong{earlier}")]
+    Wrong {
+        /// "manifest", "config", "layer sha256:...".
+        what: String,
+        /// The reference.
+        image: String,
+        /// Who sent it.
+        host: String,
+        /// What the hosts before it said.
+        earlier: Earlier,
+        /// What is wrong.
+        source: BadBlob,
+    },
+    /// The manifest, index or config is not one we can use.
+    #[error("{image} cannot be used")]
+    Manifest {
+        /// The reference.
+        image: String,
+        /// Why.
+        source: ManifestError,
+    },
+    /// A layer could not be unpacked.
+    #[error("layer {layer} of {image} cannot be unpacked")]
+    Unpack {
+        /// The reference.
+        image: String,
+        /// Digest of the layer as it is sent.
+        layer: Digest,
+        /// Why.
+        source: UnpackError,
+    },
+    /// The store of layers.
+    #[error("cannot store the layers of {image}")]
+    Layers {
+        /// The reference.
+        image: String,
+        /// Why.
+        source: Arc<dyn StdError + Send + Sync>,
+    },
+    /// Manifests and configs could not be stored.
+    #[error("cannot store the manifests of {image}")]
+    Content {
+        /// The reference.
+        image: String,
+        /// Why.
+        source: ContentError,
+    },
+    /// The image's record could not be written.
+    #[error("cannot record {image}")]
+    Record {
+        /// The reference.
+        image: String,
+        /// Why.
+        source: RecordError,
+    },
+    /// The pull ended without a result: a bug, or the daemon is going down.
+    #[error("the pull of {image} was broken off")]
+    Aborted {
+        /// The reference.
+        image: String,
+    },
+}
+
+impl PullError {
+    pub(crate) fn from_registry(what: &str, image: &str, source: RegistryError) -> PullError {
+        PullError::Registry {
+            what: what.into(),
+            image: image.into(),
+            earlier: Earlier::default(),
+            source: Box::new(source),
+        }
+    }
+
+    /// What the registry said, where it is the registry that refused.
+    pub fn registry(&self) -> Option<&RegistryError> {
+        match self {
+            PullError::Registry { source, .. } => Some(source),
+            PullError::Reference(_)
+            | PullError::Wrong { .. }
+            | PullError::Manifest { .. }
+            | PullError::Unpack { .. }
+            | PullError::Layers { .. }
+            | PullError::Content { .. }
+            | PullError::Record { .. }
+            | PullError::Aborted { .. } => None,
+        }
+    }
+
+    /// True when another host may do better.
+    fn is_the_hosts(&self) -> bool {
+        matches!(self, PullError::Registry { .. } | PullError::Wrong { .. })
+    }
+}
+
+/// What the hosts tried before the last one said, for the message.
+#[derive(Debug, Default)]
+pub struct Earlier(Vec<String>);
+
+impl fmt::Display for Earlier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for said in &self.0 {
+            write!(f, "; before that: {said}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Earlier {
+    /// Remembers why a host was passed over, and puts all of them into the last one's error.
+    fn note(&mut self, error: &PullError) {
+        tracing::info!(error = error as &dyn StdError, "trying the next host");
+        let cause = error.source().map(ToString::to_string);
+        self.0.push(cause.unwrap_or_else(|| error.to_string()));
+    }
+
+    fn into_error(self, mut error: PullError) -> PullError {
+        match &mut error {
+            PullError::Registry { earlier, .. } | PullError::Wrong { earlier, .. } => {
+                *earlier = self;
+            }
+            PullError::Reference(_)
+            | PullError::Manifest { .. }
+            | PullError::Unpack { .. }
+            | PullError::Layers { .. }
+            | PullError::Content { .. }
+            | PullError::Record { .. }
+            | PullError::Aborted { .. } => {}
+        }
+        error
+    }
+}
+
+/// Everything one pull needs.
+pub(crate) struct Job {
+    pub reference: Reference,
+    pub registry: Arc<Registry>,
+    pub content: Arc<Content>,
+    pub layers: Arc<layer::Store>,
+    pub machine: Platform,
+    pub max_layer_downloads: usize,
+    pub progress: Progress,
+}
+
+impl Job {
+    fn image(&self) -> String {
+        self.reference.to_string()
+    }
+
+    fn registry_error(&self, what: &str, source: RegistryError) -> PullError {
+        PullError::from_registry(what, &self.image(), source)
+    }
+
+    fn manifest_error(&self, source: ManifestError) -> PullError {
+        PullError::Manifest {
+            image: self.image(),
+            source,
+        }
+    }
+
+    /// Finds out what the image is: manifest and config, checked against each other.
+    pub async fn describe(&self) -> Result<Described, PullError> {
+        self.progress.enter(Stage::Manifest);
+        crash::point("pull_image.before_manifest");
+        let (mut digest, mut bytes, mut content_type) = match self.reference.digest() {
+            Some(digest) => {
+                let (bytes, content_type) = self.document("manifest", digest, None, true).await?;
+                (digest.clone(), bytes, content_type)
+            }
+            None => self.resolve().await?,
+        };
+        let named = digest.clone();
+        let mut documents = BTreeSet::from([digest.clone()]);
+        let mut depth = 0;
+        let manifest = loop {
+            let document = manifest::parse(content_type.as_deref(), &bytes)
+                .map_err(|source| self.manifest_error(source))?;
+            let entries = match document {
+                Document::Manifest(manifest) => break manifest,
+                Document::Index(entries) => entries,
+            };
+            depth += 1;
+            if depth > MAX_INDEX_DEPTH {
+                return Err(self.manifest_error(ManifestError::TooMany {
+                    what: "nested indexes",
+                    count: depth,
+                    most: MAX_INDEX_DEPTH,
+                }));
+            }
+            let entry = manifest::pick(&entries, &self.machine)
+                .map_err(|source| self.manifest_error(source))?;
+            let next = &entry.descriptor;
+            (bytes, _) = self
+                .document("manifest", &next.digest, Some(next.size), true)
+                .await?;
+            content_type = Some(next.media_type.clone());
+            digest = next.digest.clone();
+            documents.insert(digest.clone());
+        };
+        self.progress.enter(Stage::Config);
+        let config = &manifest.config;
+        let (bytes, _) = self
+            .document("config", &config.digest, Some(config.size), false)
+            .await?;
+        let config =
+            manifest::parse_config(&bytes).map_err(|source| self.manifest_error(source))?;
+        config
+            .check(&manifest, &self.machine)
+            .map_err(|source| self.manifest_error(source))?;
+        crash::point("pull_image.after_config");
+        Ok(Described {
+            named,
+            manifest_digest: digest,
+            manifest,
+            config,
+            documents,
+        })
+    }
+
+    /// What the tag means: digest, bytes and type of its manifest.
+    async fn resolve(&self) -> Result<(Digest, Vec<u8>, Option<String>), PullError> {
+        let tag = self.reference.tag().unwrap_or_default();
+        let hosts = self
+            .registry
+            .resolvers()
+            .map_err(|error| self.registry_error("manifest", error))?;
+        let mut earlier = Earlier::default();
+        let last = hosts.len() - 1;
+        for (nth, at) in hosts.into_iter().enumerate() {
+            let error = match self.resolve_at(at, tag).await {
+                Ok(found) => return Ok(found),
+                Err(error) => error,
+            };
+            if nth == last || !error.is_the_hosts() {
+                return Err(earlier.into_error(error));
+            }
+            earlier.note(&error);
+        }
+        Err(self.aborted())
+    }
+
+    async fn resolve_at(
+        &self,
+        at: usize,
+        tag: &str,
+    ) -> Result<(Digest, Vec<u8>, Option<String>), PullError> {
+        let failed = |error| self.registry_error("manifest", error);
+        // The tag that did not move costs one small request.
+        if let Some(digest) = self.registry.digest_of(at, tag).await.map_err(failed)?
+            && let Some(bytes) = self.stored(&digest).await
+        {
+            return Ok((digest, bytes, None));
+        }
+        let document = self
+            .registry
+            .manifest(at, tag, MAX_DOCUMENT_BYTES)
+            .await
+            .map_err(failed)?;
+        let digest = Digest::sha256(&document.bytes);
+        self.keep(&digest, document.bytes.clone()).await?;
+        Ok((digest, document.bytes, document.content_type))
+    }
+
+    /// The bytes `digest` names, from here or from the first host that has them.
+    async fn document(
+        &self,
+        what: &str,
+        digest: &Digest,
+        size: Option<u64>,
+        is_manifest: bool,
+    ) -> Result<(Vec<u8>, Option<String>), PullError> {
+        if let Some(bytes) = self.stored(digest).await {
+            return Ok((bytes, None));
+        }
+        let hosts = self
+            .registry
+            .pullers()
+            .map_err(|error| self.registry_error(what, error))?;
+        let mut earlier = Earlier::default();
+        let last = hosts.len() - 1;
+        for (nth, at) in hosts.into_iter().enumerate() {
+            let error = match self.document_at(at, what, digest, size, is_manifest).await {
+                Ok((bytes, content_type)) => {
+                    self.keep(digest, bytes.clone()).await?;
+                    return Ok((bytes, content_type));
+                }
+                Err(error) => error,
+            };
+            if nth == last || !error.is_the_hosts() {
+                return Err(earlier.into_error(error));
+            }
+            earlier.note(&error);
+        }
+        Err(self.aborted())
+    }
+
+    async fn document_at(
+        &self,
+        at: usize,
+        what: &str,
+        digest: &Digest,
+        size: Option<u64>,
+        is_manifest: bool,
+    ) -> Result<(Vec<u8>, Option<String>), PullError> {
+        let limit = MAX_DOCUMENT_BYTES;
+        let document = if is_manifest {
+            self.registry.manifest(at, &digest.to_string(), limit).await
+        } else {
+            self.registry.small_blob(at, digest, limit).await
+        };
+        let document = document.map_err(|error| self.registry_error(what, error))?;
+        let found = document.bytes.len() as u64;
+        let verified = match size {
+            Some(expected) if found < expected => Err(BadBlob::Short { expected, found }),
+            Some(expected) if found > expected => Err(BadBlob::Long { expected }),
+            _ => digest.verify(&document.bytes).map_err(BadBlob::from),
+        };
+        verified.map_err(|source| self.wrong(what, at, source))?;
+        Ok((document.bytes, document.content_type))
+    }
+
+    fn wrong(&self, what: &str, at: usize, source: BadBlob) -> PullError {
+        PullError::Wrong {
+            what: what.into(),
+            image: self.image(),
+            host: self.registry.name(at).into(),
+            earlier: Earlier::default(),
+            source,
+        }
+    }
+
+    async fn stored(&self, digest: &Digest) -> Option<Vec<u8>> {
+        let (content, digest) = (Arc::clone(&self.content), digest.clone());
+        tokio::task::spawn_blocking(move || content.get(&digest))
+            .await
+            .ok()?
+    }
+
+    async fn keep(&self, digest: &Digest, bytes: Vec<u8>) -> Result<(), PullError> {
+        let (content, digest) = (Arc::clone(&self.content), digest.clone());
+        tokio::task::spawn_blocking(move || content.put(&digest, &bytes))
+            .await
+            .map_err(|_| self.aborted())?
+            .map_err(|source| PullError::Content {
+                image: self.image(),
+                source,
+            })
+    }
+
+    fn aborted(&self) -> PullError {
+        PullError::Aborted {
+            image: self.image(),
+        }
+    }
+}
+
+/// What an image turned out to be, before any layer is fetched.
+pub(crate) struct Described {
+    /// What the reference means: an index where there is one.
+    named: Digest,
+    manifest_digest: Digest,
+    manifest: Manifest,
+    config: ImageConfig,
+    documents: BTreeSet<Digest>,
+}
+
+impl Described {
+    /// Everything on disk this pull relies on: diff IDs and documents.
+    pub fn needs(&self) -> BTreeSet<Digest> {
+        let mut needs = self.documents.clone();
+        needs.insert(self.manifest.config.digest.clone());
+        needs.extend(self.config.diff_ids.iter().cloned());
+        needs
+    }
+}
+
+/// One distinct layer to fetch.
+struct Wanted {
+    descriptor: Descriptor,
+    compression: Compression,
+    diff_id: Digest,
+}
+
+impl Job {
+    /// Fetches and unpacks what is missing and gives the record to write, everything it names
+    /// being on disk and synced. The caller holds a lease on [`Described::needs`].
+    pub async fn fetch(self: &Arc<Self>, described: Described) -> Result<ImageRecord, PullError> {
+        self.progress.enter(Stage::Layers);
+        let mut wanted = Vec::new();
+        let mut asked = BTreeSet::new();
+        let layers = described.manifest.layers.iter();
+        for ((descriptor, packing), diff_id) in layers.zip(&described.config.diff_ids) {
+            // The same layer may be there several times; empty ones usually are.
+            if !asked.insert(diff_id.clone()) || self.layers.has(diff_id) {
+                continue;
+            }
+            wanted.push(Wanted {
+                descriptor: descriptor.clone(),
+                compression: match packing {
+                    LayerPacking::Tar => Compression::None,
+                    LayerPacking::Gzip => Compression::Gzip,
+                    LayerPacking::Zstd => Compression::Zstd,
+                },
+                diff_id: diff_id.clone(),
+            });
+        }
+        let bytes = wanted.iter().map(|layer| layer.descriptor.size).sum();
+        self.progress.expect(asked.len() as u32, bytes);
+        for _ in wanted.len()..asked.len() {
+            self.progress.layer_done();
+        }
+        self.fetch_layers(wanted).await?;
+        self.progress.enter(Stage::Sync);
+        crash::point("pull_image.before_sync");
+        let store = Arc::clone(&self.layers);
+        let diff_ids = described.config.diff_ids.clone();
+        let size_bytes = self
+            .blocking(move || {
+                store.sync()?;
+                let mut size_bytes = 0;
+                for diff_id in &diff_ids {
+                    size_bytes += store.info(diff_id)?.size_bytes;
+                }
+                Ok(size_bytes)
+            })
+            .await?;
+        let config = &described.manifest.config;
+        Ok(ImageRecord {
+            id: config.digest.clone(),
+            repo_tags: self.reference.repo_tag().into_iter().collect(),
+            repo_digests: BTreeSet::from([self.reference.repo_digest(&described.named)]),
+            size_bytes,
+            config: described.config,
+            manifest_digest: described.manifest_digest,
+            documents: described.documents,
+            pinned: false,
+        })
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, layer::LayerError> + Send + 'static,
+    ) -> Result<T, PullError> {
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| self.aborted())?
+            .map_err(|error| PullError::Layers {
+                image: self.image(),
+                source: Arc::new(error),
+            })
+    }
+
+    /// All of `wanted`, some at a time. After the first failure the others stop, and none is
+    /// under way any more when this returns.
+    async fn fetch_layers(self: &Arc<Self>, wanted: Vec<Wanted>) -> Result<(), PullError> {
+        let (stop, stopped) = watch::channel(false);
+        let downloads = wanted.into_iter().map(|layer| {
+            let (job, stopped) = (Arc::clone(self), stopped.clone());
+            async move { job.fetch_layer(&layer, stopped).await }
+        });
+        let mut downloads = futures_util::stream::iter(downloads)
+            .buffer_unordered(self.max_layer_downloads.max(1));
+        let mut first_error = None;
+        let mut first_done = true;
+        while let Some(result) = downloads.next().await {
+            match result {
+                Ok(()) => {
+                    self.progress.layer_done();
+                    if std::mem::take(&mut first_done) {
+                        crash::point("pull_image.after_first_layer");
+                    }
+                }
+                // Those stopped because of the first only say so.
+                Err(error) if first_error.is_none() => {
+                    first_error = Some(error);
+                    stop.send_replace(true);
+                }
+                Err(_) => {}
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    async fn fetch_layer(
+        &self,
+        layer: &Wanted,
+        mut stopped: watch::Receiver<bool>,
+    ) -> Result<(), PullError> {
+        let what = format!("layer {}", layer.descriptor.digest);
+        let hosts = self
+            .registry
+            .pullers()
+            .map_err(|error| self.registry_error(&what, error))?;
+        let mut earlier = Earlier::default();
+        let last = hosts.len() - 1;
+        for (nth, at) in hosts.into_iter().enumerate() {
+            if *stopped.borrow() {
+                break;
+            }
+            let error = match self.fetch_layer_at(at, &what, layer, &mut stopped).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if nth == last || !error.is_the_hosts() {
+                return Err(earlier.into_error(error));
+            }
+            earlier.note(&error);
+        }
+        Err(self.aborted())
+    }
+
+    async fn fetch_layer_at(
+        &self,
+        at: usize,
+        what: &str,
+        layer: &Wanted,
+        stopped: &mut watch::Receiver<bool>,
+    ) -> Result<(), PullError> {
+        let Descriptor { digest, size, .. } = &layer.descriptor;
+        let mut blob = tokio::select! {
+            blob = self.registry.blob(at, digest, *size) => {
+                blob.map_err(|error| self.registry_error(what, error))?
+            }
+            _ = stopped.wait_for(|stop| *stop) => return Err(self.aborted()),
+        };
+        let (chunks, received) = mpsc::channel(CHUNKS_AHEAD);
+        let verdict = Arc::new(Mutex::new(None));
+        let reader = Judged {
+            inner: VerifyingReader::new(Chunks::new(received), digest, *size),
+            verdict: Arc::clone(&verdict),
+        };
+        let store = Arc::clone(&self.layers);
+        let (diff_id, compression) = (layer.diff_id.clone(), layer.compression);
+        let unpacking =
+            tokio::task::spawn_blocking(move || store.unpack(&diff_id, compression, reader));
+        let sent = self.pass_on(&mut blob, &chunks, stopped).await;
+        // Dropped only now: without the end mark the reader fails, and the store commits nothing.
+        drop(chunks);
+        let unpacked = unpacking.await.map_err(|_| self.aborted())?;
+        let counted = match &sent {
+            Ok(bytes) | Err((bytes, _)) => *bytes,
+        };
+        let verdict = verdict
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // Somebody else's unpacking of the same layer may have succeeded meanwhile.
+        let error = match (unpacked, sent, verdict) {
+            (Ok(_), _, _) => return Ok(()),
+            (Err(_), Err((_, Some(error))), _) => self.registry_error(what, error),
+            (Err(_), Err((_, None)), _) => self.aborted(),
+            (Err(_), Ok(_), Some(bad)) => self.wrong(what, at, bad),
+            (Err(source), Ok(_), None) => PullError::Unpack {
+                image: self.image(),
+                layer: digest.clone(),
+                source,
+            },
+        };
+        self.progress.thrown_away(counted);
+        Err(error)
+    }
+
+    /// Sends a blob to its reader; gives the bytes sent, on failure with the reason unless it
+    /// was told to stop.
+    async fn pass_on(
+        &self,
+        blob: &mut crate::registry::Blob,
+        chunks: &mpsc::Sender<Chunk>,
+        stopped: &mut watch::Receiver<bool>,
+    ) -> Result<u64, (u64, Option<RegistryError>)> {
+        let mut bytes = 0;
+        loop {
+            let next = tokio::select! {
+                next = blob.next() => next,
+                _ = stopped.wait_for(|stop| *stop) => return Err((bytes, None)),
+            };
+            let chunk = match next {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => {
+                    let _ = chunks.send(Chunk::End).await;
+                    return Ok(bytes);
+                }
+                Err(error) => return Err((bytes, Some(error))),
+            };
+            let count = chunk.len() as u64;
+            if chunks.send(Chunk::Bytes(chunk)).await.is_err() {
+                // The reader is done with it, well or not; it says so itself.
+                return Ok(bytes);
+            }
+            bytes += count;
+            self.progress.received(count);
+        }
+    }
+}
+
+enum Chunk {
+    Bytes(Bytes),
+    /// The body ended as it should. A channel that closes without it was cut.
+    End,
+}
+
+/// The blocking end of a download.
+struct Chunks {
+    received: mpsc::Receiver<Chunk>,
+    current: Bytes,
+    ended: bool,
+}
+
+impl Chunks {
+    fn new(received: mpsc::Receiver<Chunk>) -> Chunks {
+        Chunks {
+            received,
+            current: Bytes::new(),
+            ended: false,
+        }
+    }
+}
+
+impl Read for Chunks {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() && !self.ended {
+            match self.received.blocking_recv() {
+                Some(Chunk::Bytes(bytes)) => self.current = bytes,
+                Some(Chunk::End) => self.ended = true,
+                None => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the download was cut",
+                    ));
+                }
+            }
+        }
+        let count = self.current.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&self.current.split_to(count));
+        Ok(count)
+    }
+}
+
+/// Keeps what is wrong with the blob: the unpacking wraps the reader's error in its own.
+struct Judged<R> {
+    inner: VerifyingReader<R>,
+    verdict: Arc<Mutex<Option<BadBlob>>>,
+}
+
+impl<R: Read> Read for Judged<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).map_err(|error| {
+            if !error.get_ref().is_some_and(|inner| inner.is::<BadBlob>()) {
+                return error;
+            }
+            let kind = error.kind();
+            let text = error.to_string();
+            if let Some(bad) = error.into_inner().and_then(|e| e.downcast::<BadBlob>().ok()) {
+                let mut verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
+                verdict.get_or_insert(*bad);
+            }
+            io::Error::new(kind, text)
+        })
+    }
+}

@@ -1,0 +1,472 @@
+//! The images of a node, behind one handle: pull, find, list, remove, measure.
+//!
+//! ```text
+//! DIR/content/sha256/<hex>   manifests and configs        content
+//! DIR/records/<hex>.rec      one record per image         here
+//! DIR/layers/...             unpacked layers              layer
+//! ```
+//! A record is written last and removed first: an image is there when its record is. Readers
+//! see an immutable [`Images`] that is swapped whole before a call answers; writers take
+//! `changes` and do nothing slow while they hold it but write records. Pulls lease what they
+//! rely on, and garbage collection leaves alone what is leased, recorded or under a container.
+
+use crate::auth::Credentials;
+use crate::content::{Content, ContentError};
+use crate::digest::Digest;
+use crate::image::{Image, ImageRecord, Images};
+use crate::layer;
+use crate::manifest::Platform;
+use crate::progress::{Progress, Stage};
+use crate::pull::{Job, PullError};
+use crate::reference::Reference;
+use crate::registry::{Registry, Timeouts};
+use crate::snapshot;
+use arc_swap::ArcSwap;
+use berth_store::atomic_file::{self, Durability};
+use berth_store::record;
+use berth_store::{RecordError, crash};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::error::Error as StdError;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
+
+/// Where images are and how they are pulled.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The directory of images, `lib/images`; made when missing.
+    pub lib: PathBuf,
+    /// The directory of containers' writable layers, `lib/containers`; made when missing.
+    pub containers: PathBuf,
+    /// Directories in the format of [`crate::hosts`], searched in order.
+    pub certs_d: Vec<PathBuf>,
+    /// How many layers of one image are fetched at a time; 3 unless said otherwise.
+    pub max_layer_downloads: usize,
+    /// How long to wait for registries.
+    pub timeouts: Timeouts,
+}
+
+impl Settings {
+    /// The defaults, for images below `lib` and containers below `containers`.
+    pub fn new(lib: PathBuf, containers: PathBuf) -> Settings {
+        Settings {
+            lib,
+            containers,
+            certs_d: Vec::new(),
+            max_layer_downloads: 3,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+/// Why the service cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A directory.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// "create", "list", "clean".
+        action: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The manifests and configs.
+    #[error("cannot open the stored manifests")]
+    Content(#[from] ContentError),
+    /// The layers.
+    #[error("cannot open the stored layers")]
+    Layers(#[from] layer::LayerError),
+    /// The containers' layers.
+    #[error("cannot open the containers' layers")]
+    Snapshots(#[from] snapshot::SnapshotError),
+}
+
+/// Why an image could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// Its record cannot be removed, so the image is still there.
+    #[error("cannot remove the image {id}")]
+    Record {
+        /// The image.
+        id: String,
+        /// Why.
+        source: RecordError,
+    },
+    /// The image is gone but not everything it used.
+    #[error("the image is gone, but what it used cannot be freed")]
+    Free {
+        /// Why.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The work ended without a result: a bug, or the daemon is going down.
+    #[error("the removal was broken off")]
+    Aborted,
+}
+
+/// What a pull gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pulled {
+    /// The image's ID, `sha256:<64 hex digits>`.
+    pub image_id: String,
+    /// Compressed bytes that were fetched for it.
+    pub bytes: u64,
+}
+
+type Outcome = Result<Pulled, Arc<PullError>>;
+
+/// Pulls that give the same to everybody who waits for them.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    reference: Reference,
+    // Another's secret must not open an image for those who have none.
+    credentials: Option<Credentials>,
+}
+
+struct Running {
+    outcome: watch::Receiver<Option<Outcome>>,
+    progress: Progress,
+}
+
+struct Inner {
+    settings: Settings,
+    machine: Platform,
+    content: Arc<Content>,
+    layers: Arc<layer::Store>,
+    snapshots: snapshot::Snapshots,
+    images: ArcSwap<Images>,
+    /// Held while records change.
+    changes: Mutex<()>,
+    running: Mutex<HashMap<Key, Running>>,
+    /// What pulls rely on: how many rely on each.
+    leases: Mutex<HashMap<Digest, usize>>,
+}
+
+/// The images of this node. Clones are the same service.
+#[derive(Clone)]
+pub struct ImageService(Arc<Inner>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ImageService {
+    /// Opens or creates the directories, removes what a crash left half made and reads the
+    /// records. Blocking. A damaged record costs its own image, with a warning.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(settings: Settings) -> Result<ImageService, OpenError> {
+        let create = |path: &Path| {
+            std::fs::create_dir_all(path).map_err(|source| OpenError::Io {
+                action: "create",
+                path: path.into(),
+                source,
+            })
+        };
+        create(&settings.lib)?;
+        create(&settings.containers)?;
+        let records = settings.lib.join("records");
+        create(&records)?;
+        let content = Content::open(&settings.lib.join("content"))?;
+        let layers = Arc::new(layer::Store::open(&settings.lib)?);
+        let snapshots = snapshot::Snapshots::open(&settings.containers, Arc::clone(&layers))?;
+        let images = load(&records, &layers)?;
+        Ok(ImageService(Arc::new(Inner {
+            machine: Platform::host(),
+            content: Arc::new(content),
+            layers,
+            snapshots,
+            images: ArcSwap::from_pointee(images),
+            changes: Mutex::default(),
+            running: Mutex::default(),
+            leases: Mutex::default(),
+            settings,
+        })))
+    }
+
+    /// Every image, sorted by ID. Never waits.
+    pub fn list(&self) -> Vec<Arc<Image>> {
+        let images = self.0.images.load();
+        images.by_id.values().map(|(_, i)| Arc::clone(i)).collect()
+    }
+
+    /// The image `name` means: an ID with or without `sha256:`, the beginning of one, a
+    /// reference by tag or by digest, short or long. Never waits.
+    pub fn find(&self, name: &str) -> Option<Arc<Image>> {
+        self.0.images.load().find(name).map(Arc::clone)
+    }
+
+    /// Pulls `reference`, or joins the pull of the same with the same credentials that is
+    /// running. The pull goes on when the caller does not wait for it any more.
+    ///
+    /// # Errors
+    /// [`PullError`], shared by all who waited; nothing is listed then that was not before.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        credentials: Option<Credentials>,
+        progress: &Progress,
+    ) -> Result<Pulled, Arc<PullError>> {
+        let reference: Reference = reference
+            .parse()
+            .map_err(|error| Arc::new(PullError::from(error)))?;
+        let image = reference.to_string();
+        let mut outcome = self.join_or_begin(reference, credentials, progress);
+        match outcome.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().expect("waited for it to be there"),
+            Err(_) => Err(Arc::new(PullError::Aborted { image })),
+        }
+    }
+
+    fn join_or_begin(
+        &self,
+        reference: Reference,
+        credentials: Option<Credentials>,
+        progress: &Progress,
+    ) -> watch::Receiver<Option<Outcome>> {
+        let key = Key {
+            reference,
+            credentials,
+        };
+        let mut running = lock(&self.0.running);
+        if let Some(running) = running.get(&key) {
+            progress.follow(&running.progress);
+            return running.outcome.clone();
+        }
+        let (sender, outcome) = watch::channel(None);
+        running.insert(
+            key.clone(),
+            Running {
+                outcome: outcome.clone(),
+                progress: progress.clone(),
+            },
+        );
+        let flight = Flight {
+            service: self.clone(),
+            key,
+            progress: progress.clone(),
+        };
+        tokio::spawn(async move {
+            let result = flight.run().await.map_err(Arc::new);
+            // Not to be joined any more once its outcome is known.
+            drop(flight);
+            sender.send_replace(Some(result));
+        });
+        outcome
+    }
+
+    /// Removes the image `name` means, under all its names, and frees what nothing else uses.
+    /// Tells whether there was one; absent is success.
+    ///
+    /// # Errors
+    /// [`RemoveError`].
+    pub async fn remove(&self, name: &str) -> Result<bool, RemoveError> {
+        let (service, name) = (self.clone(), name.to_owned());
+        tokio::task::spawn_blocking(move || service.remove_now(&name))
+            .await
+            .map_err(|_| RemoveError::Aborted)?
+    }
+
+    fn remove_now(&self, name: &str) -> Result<bool, RemoveError> {
+        {
+            let _alone = lock(&self.0.changes);
+            let Some(image) = self.find(name) else {
+                return Ok(false);
+            };
+            let images = self.0.images.load_full();
+            let (record, _) = &images.by_id[&image.id];
+            record::remove(&self.record_path(&record.id), Durability::PowerCut).map_err(
+                |source| RemoveError::Record {
+                    id: image.id.clone(),
+                    source,
+                },
+            )?;
+            let next = images.with(&[(record.id.clone(), None)]);
+            self.0.images.store(Arc::new(next));
+        }
+        self.collect()?;
+        Ok(true)
+    }
+
+    fn record_path(&self, id: &Digest) -> PathBuf {
+        self.0
+            .settings
+            .lib
+            .join("records")
+            .join(format!("{}.rec", id.hex()))
+    }
+
+    /// Writes `new`, moving its tags here from the images that had them, and lists it.
+    fn commit(&self, mut new: ImageRecord) -> Result<(), RecordError> {
+        let _alone = lock(&self.0.changes);
+        let images = self.0.images.load_full();
+        if let Some((old, _)) = images.by_id.get(&new.id.to_string()) {
+            new.repo_tags.extend(old.repo_tags.iter().cloned());
+            new.repo_digests.extend(old.repo_digests.iter().cloned());
+            new.documents.extend(old.documents.iter().cloned());
+            new.pinned |= old.pinned;
+        }
+        // An image loses its tag before another has it: never do two claim it.
+        let mut losers: BTreeMap<Digest, ImageRecord> = BTreeMap::new();
+        for tag in &new.repo_tags {
+            if let Some(owner) = images.tagged(tag)
+                && owner.id != new.id
+            {
+                losers
+                    .entry(owner.id.clone())
+                    .or_insert_with(|| (**owner).clone())
+                    .repo_tags
+                    .remove(tag);
+            }
+        }
+        let mut changes = Vec::new();
+        for (id, loser) in losers {
+            record::save(&self.record_path(&id), &loser, Durability::PowerCut)?;
+            changes.push((id, Some(loser)));
+        }
+        crash::point("pull_image.before_record");
+        record::save(&self.record_path(&new.id), &new, Durability::PowerCut)?;
+        changes.push((new.id.clone(), Some(new)));
+        self.0.images.store(Arc::new(images.with(&changes)));
+        crash::point("pull_image.after_record");
+        Ok(())
+    }
+
+    fn lease(&self, needs: BTreeSet<Digest>) -> Lease {
+        let mut leases = lock(&self.0.leases);
+        for digest in &needs {
+            *leases.entry(digest.clone()).or_default() += 1;
+        }
+        Lease {
+            service: self.clone(),
+            needs,
+        }
+    }
+}
+
+/// What must not be collected while this lives.
+struct Lease {
+    service: ImageService,
+    needs: BTreeSet<Digest>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut leases = lock(&self.service.0.leases);
+        for digest in &self.needs {
+            if let Some(count) = leases.get_mut(digest) {
+                *count -= 1;
+                if *count == 0 {
+                    leases.remove(digest);
+                }
+            }
+        }
+    }
+}
+
+/// A running pull; dropping it ends its being joined.
+struct Flight {
+    service: ImageService,
+    key: Key,
+    progress: Progress,
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.progress.enter(Stage::Done);
+        lock(&self.service.0.running).remove(&self.key);
+    }
+}
+
+impl Flight {
+    async fn run(&self) -> Result<Pulled, PullError> {
+        let service = &self.service.0;
+        let reference = self.key.reference.clone();
+        let image = reference.to_string();
+        let registry = Registry::open(
+            &reference,
+            &service.settings.certs_d,
+            self.key.credentials.clone(),
+            service.settings.timeouts,
+        )
+        .await
+        .map_err(|error| PullError::from_registry("manifest", &image, error))?;
+        let job = Arc::new(Job {
+            reference,
+            registry: Arc::new(registry),
+            content: Arc::clone(&service.content),
+            layers: Arc::clone(&service.layers),
+            machine: service.machine.clone(),
+            max_layer_downloads: service.settings.max_layer_downloads,
+            progress: self.progress.clone(),
+        });
+        let described = job.describe().await?;
+        let lease = self.service.lease(described.needs());
+        let record = job.fetch(described).await?;
+        let image_id = record.id.to_string();
+        self.progress.enter(Stage::Record);
+        let service = self.service.clone();
+        let committed = tokio::task::spawn_blocking(move || {
+            let committed = service.commit(record);
+            drop(lease);
+            committed
+        });
+        committed
+            .await
+            .map_err(|_| PullError::Aborted {
+                image: image.clone(),
+            })?
+            .map_err(|source| PullError::Record { image, source })?;
+        Ok(Pulled {
+            image_id,
+            bytes: self.progress.bytes(),
+        })
+    }
+}
+
+fn load(dir: &Path, layers: &layer::Store) -> Result<Images, OpenError> {
+    let io = |action| {
+        move |source| OpenError::Io {
+            action,
+            path: dir.into(),
+            source,
+        }
+    };
+    let mut records = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(io("list"))? {
+        let entry = entry.map_err(io("list"))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if atomic_file::is_temporary(&name) {
+            std::fs::remove_file(entry.path()).map_err(io("clean"))?;
+            continue;
+        }
+        let Some(hex) = name.strip_suffix(".rec") else {
+            continue;
+        };
+        let record: ImageRecord = match record::load(&entry.path()) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn StdError,
+                    "an image's record cannot be read, the image must be pulled again"
+                );
+                continue;
+            }
+        };
+        let missing = record.config.diff_ids.iter().find(|id| !layers.has(id));
+        if record.id.hex() != hex || missing.is_some() {
+            tracing::warn!(
+                image = %record.id,
+                missing = ?missing,
+                "an image is not whole, it must be pulled again"
+            );
+            continue;
+        }
+        records.push(record);
+    }
+    Ok(Images::new(records))
+}
