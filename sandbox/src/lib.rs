@@ -10,9 +10,11 @@ pub mod cgroup;
 pub mod container_spec;
 pub mod id;
 pub mod image;
+pub mod launch;
 pub mod oci;
 pub mod pod_files;
 pub mod pod_spec;
+pub mod seccomp;
 pub mod user;
 
 #[cfg(feature = "lifecycle")]
