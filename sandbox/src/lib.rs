@@ -7,31 +7,25 @@
 
 pub mod capability;
 pub mod cgroup;
+pub mod container;
 pub mod container_spec;
+pub mod error;
 pub mod id;
 pub mod image;
 pub mod launch;
+pub mod monitor;
 pub mod oci;
+pub mod operation;
+pub mod pod;
 pub mod pod_files;
 pub mod pod_spec;
 pub mod seccomp;
-pub mod user;
-
-#[cfg(feature = "lifecycle")]
-pub mod container;
-#[cfg(feature = "lifecycle")]
-pub mod error;
-#[cfg(feature = "lifecycle")]
-pub mod monitor;
-#[cfg(feature = "lifecycle")]
-pub mod operation;
-#[cfg(feature = "lifecycle")]
-pub mod pod;
-#[cfg(feature = "lifecycle")]
 pub mod service;
-#[cfg(feature = "lifecycle")]
+pub mod user;
 pub mod view;
 
 pub use container_spec::{ContainerName, ContainerSpec};
+pub use error::{Kind, SandboxError};
 pub use id::{BadId, ContainerId, PodId};
 pub use pod_spec::{PodName, PodSpec};
+pub use service::Sandboxes;
