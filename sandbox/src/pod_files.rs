@@ -103,16 +103,9 @@ pub struct PodFiles {
     pub hostname_text: String,
 }
 
-/// Makes the files of a pod below `dir`, an existing directory that only root
-/// can reach. What is there already is made anew; shared memory that is mounted
-/// stays as it is.
-///
-/// # Errors
-/// The file system's; what has been made then is left to [`remove`].
-pub fn make(dir: &Path, spec: &PodSpec, host_resolv: &Path) -> Result<PodFiles, PodFilesError> {
-    let own_network = spec.namespaces.network == Namespace::Pod;
-    let hostname_text = hostname(spec);
-    let files = PodFiles {
+/// Where the files of a pod below `dir` are, made or not.
+pub fn at(dir: &Path, spec: &PodSpec) -> PodFiles {
+    PodFiles {
         resolv_conf: dir.join("resolv.conf"),
         hostname: dir.join("hostname"),
         hosts: dir.join("hosts"),
@@ -120,17 +113,26 @@ pub fn make(dir: &Path, spec: &PodSpec, host_resolv: &Path) -> Result<PodFiles, 
             Namespace::Pod => dir.join("shm"),
             Namespace::Node => "/dev/shm".into(),
         },
-        hostname_text,
-    };
+        hostname_text: hostname(spec),
+    }
+}
+
+/// Makes the files of a pod below `dir`, an existing directory that only root
+/// can reach. What is there already is made anew; shared memory that is mounted
+/// stays as it is.
+///
+/// # Errors
+/// The file system's; what has been made then is left to [`remove`].
+pub fn make(dir: &Path, spec: &PodSpec, host_resolv: &Path) -> Result<PodFiles, PodFilesError> {
+    let files = at(dir, spec);
     let resolv = match spec.dns.as_ref().map(resolv_conf).transpose()? {
         Some(text) if !text.is_empty() => text.into_bytes(),
         // No setting at all means the host's, as for the peers.
         _ => copy(host_resolv)?,
     };
-    let hosts = if own_network {
-        HOSTS.into()
-    } else {
-        copy(Path::new("/etc/hosts"))?
+    let hosts = match spec.namespaces.network {
+        Namespace::Pod => HOSTS.into(),
+        Namespace::Node => copy(Path::new("/etc/hosts"))?,
     };
     write(&files.resolv_conf, &resolv)?;
     write(
