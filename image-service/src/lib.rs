@@ -3,9 +3,14 @@
 pub mod auth;
 pub mod content;
 pub mod digest;
+pub mod gc;
 pub mod hosts;
 pub mod image;
+pub mod layer;
 pub mod manifest;
 pub mod progress;
 pub mod reference;
 pub mod registry;
+pub mod snapshot;
+pub mod unpack;
+pub mod usage;

@@ -1,0 +1,816 @@
+//! The layers on this node: one stored copy each, unpacked.
+//!
+//! ```text
+//! layers/<hex of diff ID>/      fs/  layer.rec  synced     a layer that stands alone
+//! layers/on-<hex of chain ID>/  fs/  layer.rec  synced     one that leans on its parents
+//! layers/empty/                                            for images without layers
+//! layers/ingest-<random>/       fs/                        being unpacked
+//! layers/trash-<random>                                    being removed
+//!
+//! ingest ── whole and verified: rename ──> layer ── syncfs, then `synced` ──> durable
+//!                                           └── rename ──> trash ── removed in the background
+//! ```
+//!
+//! A layer without `synced` is good until the node reboots: a power cut may
+//! have taken its data. [`Store::sync`] comes before anything durable names it.
+//!
+//! A layer is in use while a [`Lease`] holds it or a reference that
+//! [`crate::gc`] asks for names it.
+//! Source: OCI image-spec, `config.md`, "Layer DiffID" and "Layer ChainID".
+
+mod sweep;
+pub mod walk;
+
+use crate::digest::{BadDigest, Digest};
+use crate::snapshot::{self, SnapshotError};
+use crate::unpack::{self, Compression, Parents, Target, UnpackError};
+use berth_store::atomic_file::Durability;
+use berth_store::{Record, crash, record};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+pub(crate) use sweep::Sweeper;
+
+const FS: &str = "fs";
+const RECORD: &str = "layer.rec";
+const SYNCED: &str = "synced";
+const EMPTY: &str = "empty";
+const INGEST: &str = "ingest-";
+const TRASH: &str = "trash-";
+const ON_PARENTS: &str = "on-";
+
+const OPEN_DIRECTORY: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::CLOEXEC);
+
+/// A stored layer's name: also that of its directory.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LayerId {
+    leans_on_parents: bool,
+    digest: Digest,
+}
+
+impl LayerId {
+    /// A layer that is the same above any parents.
+    pub fn alone(diff_id: &Digest) -> LayerId {
+        LayerId {
+            leans_on_parents: false,
+            digest: diff_id.clone(),
+        }
+    }
+
+    /// The last of the layers `diff_ids` (lowest first) where it leans on the
+    /// others; `None` for no layers.
+    pub fn on_parents(diff_ids: &[Digest]) -> Option<LayerId> {
+        Some(LayerId {
+            leans_on_parents: true,
+            digest: chain_id(diff_ids)?,
+        })
+    }
+}
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let prefix = if self.leans_on_parents {
+            ON_PARENTS
+        } else {
+            ""
+        };
+        write!(f, "{prefix}{}", self.digest.hex())
+    }
+}
+
+impl fmt::Debug for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for LayerId {
+    type Err = BadDigest;
+
+    fn from_str(text: &str) -> Result<LayerId, BadDigest> {
+        let (leans_on_parents, hex) = match text.strip_prefix(ON_PARENTS) {
+            Some(hex) => (true, hex),
+            None => (false, text),
+        };
+        // The length tells the algorithms apart.
+        let algorithm = if hex.len() == 128 { "sha512" } else { "sha256" };
+        Ok(LayerId {
+            leans_on_parents,
+            digest: format!("{algorithm}:{hex}").parse()?,
+        })
+    }
+}
+
+impl TryFrom<String> for LayerId {
+    type Error = BadDigest;
+    fn try_from(text: String) -> Result<LayerId, BadDigest> {
+        text.parse()
+    }
+}
+
+impl From<LayerId> for String {
+    fn from(id: LayerId) -> String {
+        id.to_string()
+    }
+}
+
+/// The chain ID of layers given lowest first; `None` for none.
+pub fn chain_id(diff_ids: &[Digest]) -> Option<Digest> {
+    let (first, rest) = diff_ids.split_first()?;
+    Some(rest.iter().fold(first.clone(), |chain, diff_id| {
+        Digest::sha256(format!("{chain} {diff_id}").as_bytes())
+    }))
+}
+
+/// What is known of a stored layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerInfo {
+    /// Its name here.
+    pub id: LayerId,
+    /// The digest of its uncompressed archive.
+    pub diff_id: Digest,
+    /// Space it takes, in bytes.
+    pub bytes: u64,
+    /// Inodes it takes.
+    pub inodes: u64,
+    /// It says what the image's root directory is like.
+    pub has_root: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct LayerRecord {
+    layer: LayerInfo,
+    /// The kernel's boot the layer was unpacked in.
+    boot_id: String,
+}
+
+impl Record for LayerRecord {
+    const KIND: &'static str = "layer";
+    const VERSION: u32 = 1;
+}
+
+/// Why the place layers are kept in cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {path}")]
+pub struct StoreError {
+    /// "open", "make" and so on.
+    pub action: &'static str,
+    /// The file or directory.
+    pub path: PathBuf,
+    /// What the kernel said.
+    pub source: Errno,
+}
+
+/// What [`Store::unpack`] is to unpack.
+#[derive(Clone, Copy, Debug)]
+pub struct Ingest<'a> {
+    /// The diff IDs of the image's layers, lowest first; the last is this layer's.
+    pub diff_ids: &'a [Digest],
+    /// The layers below, lowest first, when all are here: one fewer than `diff_ids`.
+    /// A layer that turns out to need them fails with `LeansOnParents` otherwise.
+    pub parents: Option<&'a [LayerId]>,
+    /// By the media type.
+    pub compression: Compression,
+    /// Refuses an uncompressed archive of more bytes.
+    pub limit_bytes: Option<u64>,
+}
+
+/// The layers on this node. Cheap to clone; all clones are the same store.
+#[derive(Clone)]
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    dir: PathBuf,
+    fd: OwnedFd,
+    boot_id: String,
+    state: Mutex<State>,
+    /// An unpacking has ended.
+    landed: Condvar,
+    /// One sync at a time: the second finds its work done.
+    syncing: Mutex<()>,
+    /// One collection at a time.
+    collecting: Mutex<()>,
+    sweeper: Sweeper,
+}
+
+#[derive(Default)]
+struct State {
+    layers: HashMap<LayerId, LayerInfo>,
+    /// How many leases hold each layer.
+    held: HashMap<LayerId, usize>,
+    /// While a collection runs: every layer that was held at any moment of it.
+    held_while_collecting: Option<HashSet<LayerId>>,
+    /// Diff IDs being unpacked.
+    flights: HashSet<Digest>,
+    unsynced: HashSet<LayerId>,
+    bytes: u64,
+    inodes: u64,
+}
+
+impl State {
+    fn hold(&mut self, id: &LayerId) {
+        *self.held.entry(id.clone()).or_default() += 1;
+        if let Some(held) = &mut self.held_while_collecting {
+            held.insert(id.clone());
+        }
+    }
+
+    fn add(&mut self, info: LayerInfo) {
+        self.bytes += info.bytes;
+        self.inodes += info.inodes;
+        self.layers.insert(info.id.clone(), info);
+    }
+
+    fn forget(&mut self, id: &LayerId) -> Option<LayerInfo> {
+        self.unsynced.remove(id);
+        let info = self.layers.remove(id)?;
+        self.bytes = self.bytes.saturating_sub(info.bytes);
+        self.inodes = self.inodes.saturating_sub(info.inodes);
+        Some(info)
+    }
+}
+
+/// Keeps the layers it was told to hold from being collected, until dropped.
+pub struct Lease {
+    store: Store,
+    layers: Mutex<Vec<LayerId>>,
+}
+
+impl Lease {
+    /// Holds `id`; `false` when there is no such layer.
+    pub fn hold(&self, id: &LayerId) -> bool {
+        let mut state = self.store.state();
+        if !state.layers.contains_key(id) {
+            return false;
+        }
+        self.take(&mut state, id);
+        true
+    }
+
+    fn take(&self, state: &mut State, id: &LayerId) {
+        state.hold(id);
+        lock(&self.layers).push(id.clone());
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut state = self.store.state();
+        for id in lock(&self.layers).drain(..) {
+            if let Some(count) = state.held.get_mut(&id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.held.remove(&id);
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Lease").field(&*lock(&self.layers)).finish()
+    }
+}
+
+impl Store {
+    /// Opens the store in `dir`, which is made if it is not there, and begins
+    /// to remove what an earlier process left half-done or a power cut made
+    /// doubtful.
+    ///
+    /// # Errors
+    /// Where `dir` cannot be made, opened or read. A single damaged layer is
+    /// repaired if its content is known to be whole and else removed.
+    pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        let fail = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError {
+                action,
+                path,
+                source,
+            }
+        };
+        std::fs::create_dir_all(dir).map_err(|error| fail("make", dir)(errno(&error)))?;
+        // Images have files that only root may see, setuid ones among them.
+        rustix::fs::chmod(dir, Mode::from_raw_mode(0o700)).map_err(fail("make private", dir))?;
+        let fd = rustix::fs::open(dir, OPEN_DIRECTORY, Mode::empty()).map_err(fail("open", dir))?;
+        match rustix::fs::mkdirat(&fd, EMPTY, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(source) => return Err(fail("make", &dir.join(EMPTY))(source)),
+        }
+        let boot_id_file = Path::new("/proc/sys/kernel/random/boot_id");
+        let boot_id = std::fs::read_to_string(boot_id_file)
+            .map_err(|error| fail("read", boot_id_file)(errno(&error)))?;
+        let sweeper = Sweeper::new(
+            fd.try_clone()
+                .map_err(|error| fail("open", dir)(errno(&error)))?,
+        );
+        let store = Store(Arc::new(Inner {
+            dir: dir.to_owned(),
+            fd,
+            boot_id: boot_id.trim().to_owned(),
+            state: Mutex::default(),
+            landed: Condvar::new(),
+            syncing: Mutex::default(),
+            collecting: Mutex::default(),
+            sweeper,
+        }));
+        store.load().map_err(fail("read", dir))?;
+        Ok(store)
+    }
+
+    fn load(&self) -> Result<(), Errno> {
+        let mut state = self.state();
+        for entry in Dir::read_from(&self.0.fd)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(INGEST) || name.starts_with(TRASH) {
+                self.0.sweeper.remove(name);
+            } else if let Ok(id) = name.parse::<LayerId>() {
+                match self.load_layer(&id) {
+                    Some((info, synced)) => {
+                        if !synced {
+                            state.unsynced.insert(id);
+                        }
+                        state.add(info);
+                    }
+                    None => {
+                        tracing::warn!(layer = %id, "removing a layer that is not known to be whole");
+                        self.trash(&id)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The layer and whether it is durable; `None` where its content cannot be trusted.
+    fn load_layer(&self, id: &LayerId) -> Option<(LayerInfo, bool)> {
+        let dir = self.0.dir.join(id.to_string());
+        let synced = dir.join(SYNCED).exists();
+        let path = dir.join(RECORD);
+        match record::load::<LayerRecord>(&path) {
+            Ok(record)
+                if record.layer.id == *id && (synced || record.boot_id == self.0.boot_id) =>
+            {
+                Some((record.layer, synced))
+            }
+            Ok(_) => None,
+            // Only the record is lost, and what it says can be found again, but for the diff ID
+            // of a layer that leans; nobody asks for that.
+            Err(error) if synced => {
+                tracing::warn!(
+                    layer = %id,
+                    error = &error as &dyn std::error::Error,
+                    "writing a layer's damaged record anew"
+                );
+                let root = rustix::fs::open(dir.join(FS), OPEN_DIRECTORY, Mode::empty()).ok()?;
+                let sums = walk::measure(&root).ok()?;
+                let layer = LayerInfo {
+                    id: id.clone(),
+                    diff_id: id.digest.clone(),
+                    bytes: sums.bytes,
+                    inodes: sums.inodes,
+                    has_root: true,
+                };
+                self.save(&path, &layer).ok()?;
+                Some((layer, true))
+            }
+            Err(_) => None,
+        }
+    }
+
+    fn save(&self, path: &Path, layer: &LayerInfo) -> Result<(), berth_store::RecordError> {
+        let record = LayerRecord {
+            layer: layer.clone(),
+            boot_id: self.0.boot_id.clone(),
+        };
+        record::save(path, &record, Durability::ProcessEnd)
+    }
+
+    /// A lease that holds nothing yet.
+    pub fn lease(&self) -> Lease {
+        Lease {
+            store: self.clone(),
+            layers: Mutex::default(),
+        }
+    }
+
+    /// Whether the layer is here and whole.
+    pub fn has(&self, id: &LayerId) -> bool {
+        self.state().layers.contains_key(id)
+    }
+
+    /// What is known of a layer.
+    pub fn info(&self, id: &LayerId) -> Option<LayerInfo> {
+        self.state().layers.get(id).cloned()
+    }
+
+    /// The last of the layers `diff_ids` (lowest first) if it is here in a form
+    /// that fits above the others; `lease` holds it from then on.
+    pub fn find(&self, lease: &Lease, diff_ids: &[Digest]) -> Option<LayerInfo> {
+        let mut state = self.state();
+        self.find_locked(&mut state, lease, diff_ids)
+    }
+
+    fn find_locked(
+        &self,
+        state: &mut State,
+        lease: &Lease,
+        diff_ids: &[Digest],
+    ) -> Option<LayerInfo> {
+        let alone = LayerId::alone(diff_ids.last()?);
+        let info = match state.layers.get(&alone) {
+            Some(info) => info.clone(),
+            None => state.layers.get(&LayerId::on_parents(diff_ids)?)?.clone(),
+        };
+        lease.take(state, &info.id);
+        Some(info)
+    }
+
+    /// All layers, in no order.
+    pub fn layers(&self) -> Vec<LayerInfo> {
+        self.state().layers.values().cloned().collect()
+    }
+
+    /// Unpacks a layer, unless it is here already; `lease` holds it from then on.
+    ///
+    /// Blocks: on `blob`, and while another call unpacks the same diff ID. `blob`
+    /// is not read in the second case, so let it begin its work with the first read.
+    ///
+    /// # Errors
+    /// Nothing of the layer stays then. After `LeansOnParents` the caller comes
+    /// again once the layers below are here, with a new `blob`.
+    ///
+    /// # Panics
+    /// When `ingest.diff_ids` is empty.
+    pub fn unpack(
+        &self,
+        lease: &Lease,
+        ingest: Ingest<'_>,
+        blob: impl Read + Send,
+    ) -> Result<LayerInfo, UnpackError> {
+        let diff_id = ingest
+            .diff_ids
+            .last()
+            .expect("a layer to unpack has a diff ID");
+        let _flight = {
+            let mut state = self.state();
+            loop {
+                if let Some(info) = self.find_locked(&mut state, lease, ingest.diff_ids) {
+                    return Ok(info);
+                }
+                if state.flights.insert(diff_id.clone()) {
+                    break;
+                }
+                state = self
+                    .0
+                    .landed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            Flight {
+                store: self,
+                diff_id,
+            }
+        };
+        let name = format!("{INGEST}{}", random_name());
+        let result = self.unpack_into(&name, lease, ingest, diff_id, blob);
+        if result.is_err() {
+            self.0.sweeper.remove(name);
+        }
+        result
+    }
+
+    fn unpack_into(
+        &self,
+        name: &str,
+        lease: &Lease,
+        ingest: Ingest<'_>,
+        diff_id: &Digest,
+        blob: impl Read,
+    ) -> Result<LayerInfo, UnpackError> {
+        let path = self.0.dir.join(name);
+        let fail = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| UnpackError::Store {
+                action,
+                path,
+                source,
+            }
+        };
+        let private = Mode::from_raw_mode(0o700);
+        rustix::fs::mkdirat(&self.0.fd, name, private).map_err(fail("make", &path))?;
+        let ingest_dir = rustix::fs::openat(&self.0.fd, name, OPEN_DIRECTORY, Mode::empty())
+            .map_err(fail("open", &path))?;
+        let fs = path.join(FS);
+        rustix::fs::mkdirat(&ingest_dir, FS, private).map_err(fail("make", &fs))?;
+        let root = rustix::fs::openat(&ingest_dir, FS, OPEN_DIRECTORY, Mode::empty())
+            .map_err(fail("open", &fs))?;
+        // What a layer without an entry for its root gets, as everywhere.
+        rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(fail("make", &fs))?;
+
+        let parents_view = match ingest.parents {
+            Some(parents) if !parents.is_empty() && ingest.diff_ids.len() > 1 => {
+                Some(snapshot::mount_readonly(self, parents).map_err(|source| {
+                    UnpackError::Parents {
+                        source: Box::new(source),
+                    }
+                })?)
+            }
+            _ => None,
+        };
+        let parents = match &parents_view {
+            Some(view) => Parents::Merged(view.as_fd()),
+            None if ingest.diff_ids.len() == 1 => Parents::None,
+            None => Parents::Unknown,
+        };
+        let mut replaced = Vec::new();
+        let mut attic_names = || {
+            let name = format!("{TRASH}{}", random_name());
+            replaced.push(name.clone());
+            name
+        };
+        let unpacked = unpack::unpack(
+            blob,
+            ingest.compression,
+            diff_id.algorithm(),
+            ingest.limit_bytes,
+            Target {
+                root,
+                attic: self.0.fd.as_fd(),
+                attic_names: &mut attic_names,
+                parents,
+            },
+        );
+        for name in replaced {
+            self.0.sweeper.remove(name);
+        }
+        let (summary, found) = unpacked?;
+        if found != *diff_id {
+            return Err(UnpackError::DiffId {
+                expected: diff_id.clone(),
+                found,
+            });
+        }
+        let id = match LayerId::on_parents(ingest.diff_ids) {
+            Some(on_parents) if summary.leans_on_parents => on_parents,
+            _ => LayerId::alone(diff_id),
+        };
+        let info = LayerInfo {
+            id: id.clone(),
+            diff_id: diff_id.clone(),
+            bytes: summary.bytes,
+            inodes: summary.inodes,
+            has_root: summary.has_root,
+        };
+        self.save(&path.join(RECORD), &info)?;
+        crash::point("layer-unpacked");
+        let mut state = self.state();
+        let final_name = id.to_string();
+        rustix::fs::renameat_with(
+            &self.0.fd,
+            name,
+            &self.0.fd,
+            &*final_name,
+            RenameFlags::NOREPLACE,
+        )
+        .map_err(fail("rename", &path))?;
+        crash::point("layer-renamed");
+        state.unsynced.insert(id.clone());
+        state.add(info.clone());
+        lease.take(&mut state, &id);
+        Ok(info)
+    }
+
+    /// Makes every layer that is here now durable. Returns at once where all are.
+    ///
+    /// # Errors
+    /// What the kernel said to write; nothing that is durable may name the
+    /// layers then.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        let _turn = lock(&self.0.syncing);
+        let layers: Vec<LayerId> = self.state().unsynced.iter().cloned().collect();
+        if layers.is_empty() {
+            return Ok(());
+        }
+        let fail = |action, path: PathBuf| {
+            move |source| StoreError {
+                action,
+                path,
+                source,
+            }
+        };
+        rustix::fs::syncfs(&self.0.fd).map_err(fail("sync", self.0.dir.clone()))?;
+        crash::point("layers-synced");
+        let mut directories = Vec::with_capacity(layers.len());
+        for id in &layers {
+            let name = id.to_string();
+            let path = self.0.dir.join(&name);
+            let dir = match rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty()) {
+                Ok(dir) => dir,
+                // Removed meanwhile.
+                Err(Errno::NOENT) => continue,
+                Err(source) => return Err(fail("open", path)(source)),
+            };
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+            rustix::fs::openat(&dir, SYNCED, flags, Mode::from_raw_mode(0o600))
+                .map_err(fail("mark", path.clone()))?;
+            directories.push((dir, path));
+        }
+        // The first of these commits the file system's journal, so the rest cost nothing.
+        for (dir, path) in directories {
+            rustix::fs::fsync(&dir).map_err(fail("sync", path))?;
+        }
+        let mut state = self.state();
+        for id in &layers {
+            state.unsynced.remove(id);
+        }
+        Ok(())
+    }
+
+    /// Removes a layer: gone from here at once, its files soon after. One that
+    /// is not here counts as removed. Leases and references are the caller's
+    /// business: see [`crate::gc::collect`].
+    ///
+    /// # Errors
+    /// The kernel's to the rename; the layer is still here then.
+    pub fn remove(&self, id: &LayerId) -> Result<(), StoreError> {
+        let mut state = self.state();
+        self.remove_locked(&mut state, id).map(|_| ())
+    }
+
+    fn remove_locked(
+        &self,
+        state: &mut State,
+        id: &LayerId,
+    ) -> Result<Option<LayerInfo>, StoreError> {
+        self.trash(id).map_err(|source| StoreError {
+            action: "remove",
+            path: self.0.dir.join(id.to_string()),
+            source,
+        })?;
+        Ok(state.forget(id))
+    }
+
+    fn trash(&self, id: &LayerId) -> Result<(), Errno> {
+        let name = format!("{TRASH}{}", random_name());
+        match rustix::fs::renameat(&self.0.fd, id.to_string(), &self.0.fd, &*name) {
+            Ok(()) => {
+                self.0.sweeper.remove(name);
+                Ok(())
+            }
+            Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes the layers that neither `references` names nor a lease has held
+    /// at any moment since this call began.
+    pub(crate) fn collect<E>(
+        &self,
+        references: impl FnOnce() -> Result<HashSet<LayerId>, E>,
+    ) -> Result<(Vec<LayerInfo>, Vec<StoreError>), E> {
+        let _turn = lock(&self.0.collecting);
+        let candidates: Vec<LayerId> = {
+            let mut state = self.state();
+            state.held_while_collecting = Some(state.held.keys().cloned().collect());
+            state.layers.keys().cloned().collect()
+        };
+        let _end = EndOfCollection(self);
+        let referenced = references()?;
+        let mut removed = Vec::new();
+        let mut failures = Vec::new();
+        for id in candidates {
+            let mut state = self.state();
+            let held = state
+                .held_while_collecting
+                .as_ref()
+                .is_some_and(|held| held.contains(&id));
+            if held || referenced.contains(&id) {
+                continue;
+            }
+            match self.remove_locked(&mut state, &id) {
+                Ok(info) => removed.extend(info),
+                Err(error) => failures.push(error),
+            }
+        }
+        Ok((removed, failures))
+    }
+
+    /// Space in bytes and inodes that the layers take together, from counters.
+    pub fn sums(&self) -> walk::Sums {
+        let state = self.state();
+        walk::Sums {
+            bytes: state.bytes,
+            inodes: state.inodes,
+        }
+    }
+
+    /// Where the layers are kept.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// The directory everything is below, for mounting.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+
+    /// The layer's files, relative to [`Store::fd`].
+    pub(crate) fn fs_path(id: &LayerId) -> String {
+        format!("{id}/{FS}")
+    }
+
+    /// An empty directory, relative to [`Store::fd`].
+    pub(crate) const EMPTY_PATH: &'static str = EMPTY;
+
+    /// Waits until everything that was being removed is gone.
+    pub fn finish_removals(&self) {
+        self.0.sweeper.finish();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.0.state)
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Store").field(&self.0.dir).finish()
+    }
+}
+
+/// The mode, owner and group of an image's root directory: from its topmost
+/// layer that says so, else root's with 0755.
+pub(crate) fn root_attributes(
+    store: &Store,
+    layers: &[LayerId],
+) -> Result<(u32, u32, u32), SnapshotError> {
+    for id in layers.iter().rev() {
+        let info = store
+            .info(id)
+            .ok_or_else(|| SnapshotError::NoLayer { layer: id.clone() })?;
+        if info.has_root {
+            let path = Store::fs_path(id);
+            let stat = rustix::fs::statat(store.fd(), &*path, AtFlags::SYMLINK_NOFOLLOW).map_err(
+                |source| SnapshotError::Io {
+                    action: "look at",
+                    path: store.dir().join(&path),
+                    source,
+                },
+            )?;
+            return Ok((stat.st_mode & 0o7777, stat.st_uid, stat.st_gid));
+        }
+    }
+    Ok((0o755, 0, 0))
+}
+
+struct Flight<'a> {
+    store: &'a Store,
+    diff_id: &'a Digest,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.store.state().flights.remove(self.diff_id);
+        self.store.0.landed.notify_all();
+    }
+}
+
+struct EndOfCollection<'a>(&'a Store);
+
+impl Drop for EndOfCollection<'_> {
+    fn drop(&mut self) {
+        self.0.state().held_while_collecting = None;
+    }
+}
+
+/// A panic elsewhere leaves nothing half-changed under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// 16 hex digits nobody can guess.
+pub(crate) fn random_name() -> String {
+    let mut bytes = [0u8; 8];
+    // Before the kernel has gathered enough randomness this blocks, and it cannot fail otherwise;
+    // a name taken twice is an error of mkdir or rename, no damage.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    hex::encode(bytes)
+}
