@@ -67,7 +67,11 @@ pub enum ContainerEvent {
     /// StartContainer.
     Start,
     /// Its first process runs.
-    Started { since: i64, pid: i32, start_ticks: u64 },
+    Started {
+        since: i64,
+        pid: i32,
+        start_ticks: u64,
+    },
     /// Nothing was started after all: the start can be repeated.
     NothingStarted,
     /// Its first process has ended, or never came to be.
@@ -85,28 +89,52 @@ impl ContainerState {
         match (self, event) {
             (S::Creating, E::Made) => Some(S::Created),
             (S::Created, E::Start) => Some(S::Starting),
-            (S::Starting, E::Started { since, pid, start_ticks }) => {
-                Some(S::Running { since: *since, pid: *pid, start_ticks: *start_ticks })
-            }
+            (
+                S::Starting,
+                E::Started {
+                    since,
+                    pid,
+                    start_ticks,
+                },
+            ) => Some(S::Running {
+                since: *since,
+                pid: *pid,
+                start_ticks: *start_ticks,
+            }),
             (S::Starting, E::NothingStarted) => Some(S::Created),
-            (S::Created | S::Starting, E::Exited { at, exit }) => {
-                Some(S::Exited { since: None, at: *at, exit: exit.clone() })
-            }
-            (S::Running { since, .. }, E::Exited { at, exit }) => {
-                Some(S::Exited { since: Some(*since), at: *at, exit: exit.clone() })
-            }
+            (S::Created | S::Starting, E::Exited { at, exit }) => Some(S::Exited {
+                since: None,
+                at: *at,
+                exit: exit.clone(),
+            }),
+            (S::Running { since, .. }, E::Exited { at, exit }) => Some(S::Exited {
+                since: Some(*since),
+                at: *at,
+                exit: exit.clone(),
+            }),
             // The exit is known from the event, the record and recovery: the first one counts.
             (S::Exited { .. } | S::Removing { .. }, E::Exited { .. }) => Some(self.clone()),
-            (S::Creating | S::Created | S::Exited { .. }, E::Remove) => {
-                Some(S::Removing { last: Box::new(self.clone()) })
-            }
+            (S::Creating | S::Created | S::Exited { .. }, E::Remove) => Some(S::Removing {
+                last: Box::new(self.clone()),
+            }),
             (S::Removing { .. }, E::Remove) => Some(self.clone()),
             (S::Starting | S::Running { .. }, E::Remove)
             | (S::Creating, E::Start | E::Exited { .. })
             | (S::Starting | S::Running { .. } | S::Exited { .. } | S::Removing { .. }, E::Start)
-            | (S::Created | S::Starting | S::Running { .. } | S::Exited { .. } | S::Removing { .. }, E::Made)
             | (
-                S::Creating | S::Created | S::Running { .. } | S::Exited { .. } | S::Removing { .. },
+                S::Created
+                | S::Starting
+                | S::Running { .. }
+                | S::Exited { .. }
+                | S::Removing { .. },
+                E::Made,
+            )
+            | (
+                S::Creating
+                | S::Created
+                | S::Running { .. }
+                | S::Exited { .. }
+                | S::Removing { .. },
                 E::Started { .. } | E::NothingStarted,
             ) => None,
         }
@@ -119,7 +147,10 @@ impl ContainerState {
 
     /// Whether a first process runs or may be about to.
     pub fn is_live(&self) -> bool {
-        matches!(self, ContainerState::Starting | ContainerState::Running { .. })
+        matches!(
+            self,
+            ContainerState::Starting | ContainerState::Running { .. }
+        )
     }
 
     /// The pid of the first process while it runs.
@@ -170,29 +201,69 @@ mod tests {
     use super::*;
 
     fn exit(code: i32) -> Exit {
-        Exit { code, reason: "Error".into(), message: String::new() }
+        Exit {
+            code,
+            reason: "Error".into(),
+            message: String::new(),
+        }
     }
 
     #[test]
     fn the_first_exit_counts() {
-        let running = ContainerState::Running { since: 1, pid: 2, start_ticks: 3 };
-        let exited = running.on(&ContainerEvent::Exited { at: 5, exit: exit(1) }).unwrap();
-        assert_eq!(exited, ContainerState::Exited { since: Some(1), at: 5, exit: exit(1) });
-        assert_eq!(exited.on(&ContainerEvent::Exited { at: 9, exit: exit(2) }).unwrap(), exited);
+        let running = ContainerState::Running {
+            since: 1,
+            pid: 2,
+            start_ticks: 3,
+        };
+        let exited = running
+            .on(&ContainerEvent::Exited {
+                at: 5,
+                exit: exit(1),
+            })
+            .unwrap();
+        assert_eq!(
+            exited,
+            ContainerState::Exited {
+                since: Some(1),
+                at: 5,
+                exit: exit(1)
+            }
+        );
+        assert_eq!(
+            exited
+                .on(&ContainerEvent::Exited {
+                    at: 9,
+                    exit: exit(2)
+                })
+                .unwrap(),
+            exited
+        );
     }
 
     #[test]
     fn a_container_starts_once() {
         let starting = ContainerState::Created.on(&ContainerEvent::Start).unwrap();
         assert_eq!(starting.on(&ContainerEvent::Start), None);
-        assert_eq!(starting.on(&ContainerEvent::NothingStarted), Some(ContainerState::Created));
-        let exited = starting.on(&ContainerEvent::Exited { at: 1, exit: exit(128) }).unwrap();
+        assert_eq!(
+            starting.on(&ContainerEvent::NothingStarted),
+            Some(ContainerState::Created)
+        );
+        let exited = starting
+            .on(&ContainerEvent::Exited {
+                at: 1,
+                exit: exit(128),
+            })
+            .unwrap();
         assert_eq!(exited.on(&ContainerEvent::Start), None);
     }
 
     #[test]
     fn what_lives_is_not_removed() {
-        let running = ContainerState::Running { since: 1, pid: 2, start_ticks: 3 };
+        let running = ContainerState::Running {
+            since: 1,
+            pid: 2,
+            start_ticks: 3,
+        };
         assert_eq!(running.on(&ContainerEvent::Remove), None);
         assert_eq!(ContainerState::Starting.on(&ContainerEvent::Remove), None);
     }

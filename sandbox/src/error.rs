@@ -40,7 +40,11 @@ pub struct SandboxError {
 impl SandboxError {
     /// An error without a cause of its own.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self {
+            kind,
+            message: message.into(),
+            source: None,
+        }
     }
 
     /// An error caused by another one.
@@ -49,7 +53,11 @@ impl SandboxError {
         message: impl Into<String>,
         source: impl Into<Box<dyn Error + Send + Sync>>,
     ) -> Self {
-        Self { kind, message: message.into(), source: Some(Arc::from(source.into())) }
+        Self {
+            kind,
+            message: message.into(),
+            source: Some(Arc::from(source.into())),
+        }
     }
 
     /// What a caller may want to tell apart.
@@ -74,7 +82,10 @@ impl SandboxError {
     }
 
     pub(crate) fn no_container(id: &str) -> Self {
-        Self::new(Kind::ContainerNotFound, format!("no container {}", clip(id)))
+        Self::new(
+            Kind::ContainerNotFound,
+            format!("no container {}", clip(id)),
+        )
     }
 }
 
@@ -97,7 +108,9 @@ impl fmt::Debug for SandboxError {
 
 impl Error for SandboxError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_deref().map(|error| error as &(dyn Error + 'static))
+        self.source
+            .as_deref()
+            .map(|error| error as &(dyn Error + 'static))
     }
 }
 

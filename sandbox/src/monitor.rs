@@ -6,9 +6,9 @@
 //! are described in `proto/protos/monitor_v1.proto`.
 
 use crate::operation::lock;
+use berth_proto::monitor_v1::{self, MAX_FDS, MAX_FRAME_BYTES, reply, request};
 use berth_sys::mount::{self, Change, Propagation};
 use berth_sys::wire::{Bounds, FrameReader, FrameWriter, Received};
-use berth_proto::monitor_v1::{self, MAX_FDS, MAX_FRAME_BYTES, reply, request};
 use prost::Message as _;
 use rustix::fs::{Mode, OFlags};
 use std::collections::HashMap;
@@ -78,7 +78,11 @@ pub enum MonitorError {
 }
 
 fn errno_text(errno: i32) -> String {
-    if errno == 0 { "refused".into() } else { io::Error::from_raw_os_error(errno).to_string() }
+    if errno == 0 {
+        "refused".into()
+    } else {
+        io::Error::from_raw_os_error(errno).to_string()
+    }
 }
 
 /// An answer and the descriptors that came with it.
@@ -131,7 +135,10 @@ impl Program {
     /// # Errors
     /// `Spawn` when it is not there or cannot be mounted apart.
     pub fn open(path: &Path) -> Result<Self, MonitorError> {
-        let refuse = |source| MonitorError::Spawn { program: path.into(), source };
+        let refuse = |source| MonitorError::Spawn {
+            program: path.into(),
+            source,
+        };
         let held = mount::clone_tree(path, false).map_err(|errno| refuse(errno.into()))?;
         let change = Change {
             set: mount::attr::RDONLY,
@@ -139,7 +146,10 @@ impl Program {
             ..Change::default()
         };
         mount::set_attr(&held, change, false).map_err(|errno| refuse(errno.into()))?;
-        Ok(Self { path: path.into(), held })
+        Ok(Self {
+            path: path.into(),
+            held,
+        })
     }
 }
 
@@ -151,10 +161,18 @@ impl Program {
 /// # Errors
 /// `Unreachable` when the socket cannot be bound, `Spawn` when the program
 /// cannot be started.
-pub fn spawn(program: &Program, pod: &str, dir: &Path, line_bytes: u32) -> Result<(), MonitorError> {
+pub fn spawn(
+    program: &Program,
+    pod: &str,
+    dir: &Path,
+    line_bytes: u32,
+) -> Result<(), MonitorError> {
     let socket = dir.join("monitor.sock");
     let listener = listen(dir).map_err(|source| MonitorError::Unreachable { socket, source })?;
-    let refuse = |source| MonitorError::Spawn { program: program.path.clone(), source };
+    let refuse = |source| MonitorError::Spawn {
+        program: program.path.clone(),
+        source,
+    };
     let log = std::fs::File::options()
         .create(true)
         .append(true)
@@ -164,7 +182,14 @@ pub fn spawn(program: &Program, pod: &str, dir: &Path, line_bytes: u32) -> Resul
     // posix_spawn. The descriptor's number is read before it is closed on exec.
     let child = std::process::Command::new(format!("/proc/self/fd/{}", program.held.as_raw_fd()))
         .arg0("berth-monitor")
-        .args(["--pod", pod, "--listen-fd", "0", "--line-bytes", &line_bytes.to_string()])
+        .args([
+            "--pod",
+            pod,
+            "--listen-fd",
+            "0",
+            "--line-bytes",
+            &line_bytes.to_string(),
+        ])
         .env_clear()
         .current_dir("/")
         .stdin(listener)
@@ -210,12 +235,15 @@ impl Monitor {
     /// # Errors
     /// `Unreachable` when nobody listens there, `Lost` or `Silent` when it does
     /// not greet back.
-    pub async fn connect<T: Clone + Send + 'static>(
+    pub async fn connect<T: Clone + Send + Sync + 'static>(
         dir: &Path,
         tag: T,
         events: mpsc::UnboundedSender<(T, Event)>,
     ) -> Result<Self, MonitorError> {
-        let unreachable = |source| MonitorError::Unreachable { socket: dir.join("monitor.sock"), source };
+        let unreachable = |source| MonitorError::Unreachable {
+            socket: dir.join("monitor.sock"),
+            source,
+        };
         let connected = open_dir(dir).and_then(|dir| Ok(berth_sys::fd::connect_at(&dir, SOCKET)?));
         let stream = std::os::unix::net::UnixStream::from(connected.map_err(unreachable)?);
         stream.set_nonblocking(true).map_err(unreachable)?;
@@ -247,8 +275,15 @@ impl Monitor {
             reader,
             hello: monitor_v1::HelloReply::default(),
         };
-        let hello = monitor_v1::Hello { protocol: monitor_v1::PROTOCOL, events: true };
-        match monitor.ask(request::Body::Hello(hello), Vec::new()).await?.0 {
+        let hello = monitor_v1::Hello {
+            protocol: monitor_v1::PROTOCOL,
+            events: true,
+        };
+        match monitor
+            .ask(request::Body::Hello(hello), Vec::new())
+            .await?
+            .0
+        {
             reply::Body::Hello(hello) => monitor.hello = hello,
             _ => return Err(MonitorError::Unexpected),
         }
@@ -259,7 +294,11 @@ impl Monitor {
     ///
     /// # Errors
     /// `Refused` with what the monitor said; `Lost`, `Silent`, `TooLarge`.
-    pub async fn ask(&self, body: request::Body, fds: Vec<OwnedFd>) -> Result<Answer, MonitorError> {
+    pub async fn ask(
+        &self,
+        body: request::Body,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Answer, MonitorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
@@ -268,7 +307,10 @@ impl Monitor {
             lock(&self.waiting).remove(&id);
             return Err(MonitorError::Lost);
         }
-        let request = monitor_v1::Request { id, body: Some(body) };
+        let request = monitor_v1::Request {
+            id,
+            body: Some(body),
+        };
         let sent = self.send(&request, fds).await;
         if let Err(error) = sent {
             lock(&self.waiting).remove(&id);
@@ -334,11 +376,17 @@ impl Monitor {
     ) -> Result<(), MonitorError> {
         let body = request.encode_to_vec();
         if body.len() > MAX_FRAME_BYTES || fds.len() > MAX_FDS {
-            return Err(MonitorError::TooLarge { bytes: body.len(), fds: fds.len() });
+            return Err(MonitorError::TooLarge {
+                bytes: body.len(),
+                fds: fds.len(),
+            });
         }
         let mut writer = FrameWriter::new();
         if writer.push(&body, fds).is_err() {
-            return Err(MonitorError::TooLarge { bytes: body.len(), fds: 0 });
+            return Err(MonitorError::TooLarge {
+                bytes: body.len(),
+                fds: 0,
+            });
         }
         let _writing = self.writing.lock().await;
         let flush = || match writer.flush(&*self.stream) {
@@ -346,7 +394,12 @@ impl Monitor {
             Ok(false) => Err(io::ErrorKind::WouldBlock.into()),
             Err(error) => Err(io::Error::other(error)),
         };
-        if self.stream.async_io(Interest::WRITABLE, flush).await.is_err() {
+        if self
+            .stream
+            .async_io(Interest::WRITABLE, flush)
+            .await
+            .is_err()
+        {
             // Half a frame is worse than none: nothing after it could be understood.
             let _ = rustix::net::shutdown(&*self.stream, rustix::net::Shutdown::Both);
             return Err(MonitorError::Lost);
@@ -356,14 +409,17 @@ impl Monitor {
 }
 
 /// Reads frames until the connection ends and hands each to whom it is for.
-async fn read_all<T: Clone + Send>(
+async fn read_all<T: Clone + Send + Sync>(
     stream: &UnixStream,
     waiting: &Waiting,
     execs: &Execs,
     tag: &T,
     events: &mpsc::UnboundedSender<(T, Event)>,
 ) -> io::Result<()> {
-    let mut reader = FrameReader::new(Bounds { frame_bytes: MAX_FRAME_BYTES, fds: MAX_FDS });
+    let mut reader = FrameReader::new(Bounds {
+        frame_bytes: MAX_FRAME_BYTES,
+        fds: MAX_FDS,
+    });
     loop {
         let read = || match reader.read(stream) {
             Ok(Received::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),

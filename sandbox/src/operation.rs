@@ -94,7 +94,10 @@ impl Drop for Waiting<'_> {
 impl Operations {
     /// None running. `observer` hears how long each stage took.
     pub fn new(observer: Arc<StageObserver>) -> Self {
-        Self { running: Arc::default(), observer }
+        Self {
+            running: Arc::default(),
+            observer,
+        }
     }
 
     /// Joins the operation `key` where it runs, else begins it with `work`;
@@ -112,7 +115,10 @@ impl Operations {
         let _waiting = Waiting(&running);
         let mut outcome = running.outcome.clone();
         let lost = || SandboxError::new(Kind::Internal, format!("{} was abandoned", running.kind));
-        let ready = outcome.wait_for(Option::is_some).await.map_err(|_| lost())?;
+        let ready = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| lost())?;
         ready.clone().unwrap_or_else(|| Err(lost()))
     }
 
@@ -139,14 +145,21 @@ impl Operations {
         map.insert(key.clone(), running.clone());
         drop(map);
 
-        let stage = Stage { running: running.clone(), observer: self.observer.clone() };
+        let stage = Stage {
+            running: running.clone(),
+            observer: self.observer.clone(),
+        };
         let last = stage.clone();
         let task = tokio::spawn(work(stage).in_current_span());
         let map = self.running.clone();
         tokio::spawn(async move {
             let kind = key.kind;
             let outcome = task.await.unwrap_or_else(|panic| {
-                Err(SandboxError::caused(Kind::Internal, format!("{kind} broke off"), panic))
+                Err(SandboxError::caused(
+                    Kind::Internal,
+                    format!("{kind} broke off"),
+                    panic,
+                ))
             });
             last.enter("end");
             // Out of the map first: who comes after the outcome is known begins anew
@@ -194,7 +207,10 @@ mod tests {
     }
 
     fn key() -> Key {
-        Key { kind: "RunPodSandbox", object: "uid/web/0".into() }
+        Key {
+            kind: "RunPodSandbox",
+            object: "uid/web/0".into(),
+        }
     }
 
     #[tokio::test]
@@ -211,17 +227,21 @@ mod tests {
                 Ok("id".to_owned())
             })
         };
-        let (one, two) = tokio::join!(
-            async { tokio::join!(call(), call()) },
-            async {
-                while operations.list().first().is_none_or(|o| o.stage != "waiting" || o.callers != 2) {
-                    tokio::task::yield_now().await;
-                }
-                go.send_replace(true);
+        let (one, two) = tokio::join!(async { tokio::join!(call(), call()) }, async {
+            while operations
+                .list()
+                .first()
+                .is_none_or(|o| o.stage != "waiting" || o.callers != 2)
+            {
+                tokio::task::yield_now().await;
             }
-        );
+            go.send_replace(true);
+        });
         let ((), (first, second)) = (two, one);
-        assert_eq!((first.unwrap(), second.unwrap()), ("id".to_owned(), "id".to_owned()));
+        assert_eq!(
+            (first.unwrap(), second.unwrap()),
+            ("id".to_owned(), "id".to_owned())
+        );
         assert_eq!(begun.load(Ordering::Relaxed), 1);
         assert!(operations.list().is_empty());
     }
@@ -252,7 +272,9 @@ mod tests {
     async fn a_panic_is_an_error_for_the_callers_and_frees_the_key() {
         let operations = operations();
         let error = operations
-            .join_or_begin(key(), "web".into(), |_| async { panic!("broken on purpose") })
+            .join_or_begin(key(), "web".into(), |_| async {
+                panic!("broken on purpose")
+            })
             .await
             .unwrap_err();
         assert_eq!(error.kind(), Kind::Internal);

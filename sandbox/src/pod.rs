@@ -110,11 +110,23 @@ mod tests {
 
     #[test]
     fn nothing_leads_out_of_removing_and_nothing_back_to_ready() {
-        let events = [PodEvent::Made, PodEvent::Stop, PodEvent::Stopped, PodEvent::Remove];
+        let events = [
+            PodEvent::Made,
+            PodEvent::Stop,
+            PodEvent::Stopped,
+            PodEvent::Remove,
+        ];
         for event in &events {
-            assert!(matches!(PodState::Removing.on(event), None | Some(PodState::Removing)));
+            assert!(matches!(
+                PodState::Removing.on(event),
+                None | Some(PodState::Removing)
+            ));
             for state in [PodState::Ready, PodState::Stopping, PodState::Stopped] {
-                assert_ne!(state.on(event), Some(PodState::Ready), "{state:?} {event:?}");
+                assert_ne!(
+                    state.on(event),
+                    Some(PodState::Ready),
+                    "{state:?} {event:?}"
+                );
             }
         }
     }
@@ -123,7 +135,12 @@ mod tests {
     fn stop_is_allowed_in_every_state() {
         use PodState as S;
         for state in [S::Creating, S::Ready, S::Stopping, S::Stopped, S::Removing] {
-            assert!(state.on(&PodEvent::Stop).is_some_and(|next| !next.is_ready()), "{state:?}");
+            assert!(
+                state
+                    .on(&PodEvent::Stop)
+                    .is_some_and(|next| !next.is_ready()),
+                "{state:?}"
+            );
         }
     }
 }

@@ -50,7 +50,9 @@ impl View {
         &'a self,
         pod: &'a PodId,
     ) -> impl Iterator<Item = &'a Arc<ContainerRecord>> {
-        self.containers.values().filter(move |container| container.pod == *pod)
+        self.containers
+            .values()
+            .filter(move |container| container.pod == *pod)
     }
 }
 
@@ -73,7 +75,11 @@ impl Objects {
     /// Reads every record below `dir`; makes `dir` where it is missing.
     pub fn load(dir: PathBuf) -> Result<(Self, Vec<Unreadable>)> {
         let refuse = |path: &Path, error: std::io::Error| {
-            SandboxError::caused(Kind::Internal, format!("cannot read {}", path.display()), error)
+            SandboxError::caused(
+                Kind::Internal,
+                format!("cannot read {}", path.display()),
+                error,
+            )
         };
         std::fs::create_dir_all(&dir).map_err(|error| refuse(&dir, error))?;
         let mut view = View::default();
@@ -87,11 +93,16 @@ impl Objects {
                 // A directory whose record was never written, or was removed first: nothing is in it.
                 Err(error) if error.is_absent() => {}
                 Err(error) => {
-                    unreadable.push(Unreadable { path: path.clone(), error: error.into() });
+                    unreadable.push(Unreadable {
+                        path: path.clone(),
+                        error: error.into(),
+                    });
                     continue;
                 }
             }
-            let Ok(entries) = std::fs::read_dir(path.join("containers")) else { continue };
+            let Ok(entries) = std::fs::read_dir(path.join("containers")) else {
+                continue;
+            };
             for entry in entries.flatten() {
                 let path = entry.path();
                 if path.extension().is_none_or(|extension| extension != "rec") {
@@ -99,9 +110,13 @@ impl Objects {
                 }
                 match record::load::<ContainerRecord>(&path) {
                     Ok(container) => {
-                        view.containers.insert(container.id.to_string(), Arc::new(container));
+                        view.containers
+                            .insert(container.id.to_string(), Arc::new(container));
                     }
-                    Err(error) => unreadable.push(Unreadable { path, error: error.into() }),
+                    Err(error) => unreadable.push(Unreadable {
+                        path,
+                        error: error.into(),
+                    }),
                 }
             }
         }
@@ -133,7 +148,9 @@ impl Objects {
     }
 
     fn container_path(&self, pod: &PodId, id: &ContainerId) -> PathBuf {
-        self.pod_dir(pod).join("containers").join(format!("{id}.rec"))
+        self.pod_dir(pod)
+            .join("containers")
+            .join(format!("{id}.rec"))
     }
 
     /// Adds a pod: its directories and its record. Blocking.
@@ -141,7 +158,11 @@ impl Objects {
         let dir = self.pod_dir(&pod.id);
         for dir in [dir.join("containers"), dir.join("exits")] {
             std::fs::create_dir_all(&dir).map_err(|error| {
-                SandboxError::caused(Kind::Internal, format!("cannot make {}", dir.display()), error)
+                SandboxError::caused(
+                    Kind::Internal,
+                    format!("cannot make {}", dir.display()),
+                    error,
+                )
             })?;
         }
         let _writing = lock(&self.writing);
@@ -245,7 +266,8 @@ impl Objects {
         record::save(&path, &container, Durability::ProcessEnd).map_err(internal)?;
         let container = Arc::new(container);
         self.publish(|view| {
-            view.containers.insert(container.id.to_string(), container.clone());
+            view.containers
+                .insert(container.id.to_string(), container.clone());
         });
         Ok(container)
     }
@@ -262,7 +284,11 @@ impl Objects {
         let mut changes = self.changes();
         loop {
             changes.mark_unchanged();
-            let live = self.view.load().container(id.as_str()).is_some_and(|c| c.state.is_live());
+            let live = self
+                .view
+                .load()
+                .container(id.as_str())
+                .is_some_and(|c| c.state.is_live());
             if !live {
                 return;
             }

@@ -1,15 +1,19 @@
-//! CreateContainer: record, snapshot, identity, cgroup, spec, created.
+//! CreateContainer: record, snapshot, cgroup, created.
 
 use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::cgroup::Cgroup;
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState};
-use crate::container_spec::ContainerSpec;
+use crate::container_spec::{ContainerSpec, SeccompProfile};
 use crate::error::{Kind, Result, SandboxError};
 use crate::id::{ContainerId, PodId};
 use crate::image::{ContainerImage, parse_stop_signal};
 use crate::operation::Stage;
+use crate::pod_spec::{Namespace, PidMode, PodSpec};
+use crate::seccomp::Filter;
 use crate::{oci, user};
 use berth_store::crash;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Largest passwd or group file of an image that is read, in bytes.
@@ -36,7 +40,9 @@ impl Sandboxes {
         let id = self
             .0
             .operation("CreateContainer", object, subject, |me, stage| async move {
-                me.create_container(pod.id.clone(), spec, image, stage).await.map(String::from)
+                me.create_container(pod.id.clone(), spec, image, stage)
+                    .await
+                    .map(String::from)
             })
             .await?;
         id.parse().map_err(internal("the operation gave no ID"))
@@ -56,7 +62,9 @@ impl Inner {
             container.spec.name == spec.name
                 && matches!(
                     container.state,
-                    ContainerState::Created | ContainerState::Starting | ContainerState::Running { .. }
+                    ContainerState::Created
+                        | ContainerState::Starting
+                        | ContainerState::Running { .. }
                 )
         };
         if let Some(container) = view.containers_of(&pod).find(same) {
@@ -66,7 +74,11 @@ impl Inner {
             return Err(SandboxError::no_pod(pod.as_str()));
         };
         stage.enter("record");
-        let of_image = image.config.stop_signal.as_deref().and_then(parse_stop_signal);
+        let of_image = image
+            .config
+            .stop_signal
+            .as_deref()
+            .and_then(parse_stop_signal);
         let container = ContainerRecord {
             id: ContainerId::random().map_err(internal("no random ID"))?,
             pod,
@@ -87,8 +99,14 @@ impl Inner {
         if let Err(error) = made {
             stage.enter("undo");
             // As it is now: the cgroup may be in the record since.
-            let now = self.objects.view().container(container.id.as_str()).cloned();
-            let undone = self.remove_container(&now.unwrap_or(container.clone()), None).await;
+            let now = self
+                .objects
+                .view()
+                .container(container.id.as_str())
+                .cloned();
+            let undone = self
+                .remove_container(&now.unwrap_or(container.clone()), None)
+                .await;
             if let Err(failure) = undone {
                 self.pending.remove(container, &failure);
             }
@@ -109,7 +127,10 @@ impl Inner {
             let image = &record.image.id;
             me.images
                 .prepare(&record.id, image)
-                .map_err(internal(format!("cannot prepare the file system of container {}", record.id)))?;
+                .map_err(internal(format!(
+                    "cannot prepare the file system of container {}",
+                    record.id
+                )))?;
             crash::point("create_container.snapshot");
             me.identity(&record)
         })
@@ -121,32 +142,25 @@ impl Inner {
             let view = me.objects.view();
             let pod = view.pod(record.pod.as_str());
             let pod = pod.ok_or_else(|| SandboxError::no_pod(record.pod.as_str()))?;
-            let parent = pod.cgroup.as_ref().map_or("", |parent| parent.path.as_str());
-            let devices = oci::device_rules(&record.spec).map_err(invalid("the devices do not fit"))?;
+            let parent = pod
+                .cgroup
+                .as_ref()
+                .map_or("", |parent| parent.path.as_str());
             // The path is known before it is made, so that a crash in between leaves nothing unknown.
             let planned = me.planned_cgroup(parent, &record.id)?;
-            me.objects.update_container(&record.id, |container| {
+            let record = me.objects.update_container(&record.id, |container| {
                 container.identity = Some(identity);
                 container.cgroup = Some(planned);
                 Ok(())
             })?;
+            // What cannot be said as an OCI spec is refused now and not at the start.
+            let devices = oci::device_rules(&me.runtime_spec(&record)?.0);
             let text = format!("cannot make the cgroup of container {}", record.id);
             me.cgroups
                 .create(parent, &record.id, &record.spec.resources, &devices)
                 .map_err(internal(text))?;
             crash::point("create_container.cgroup");
             Ok(())
-        })
-        .await?;
-
-        stage.enter("spec");
-        let (me, of) = (self.clone(), id.clone());
-        blocking(move || {
-            let view = me.objects.view();
-            let record = view.container(of.as_str());
-            let record = record.ok_or_else(|| SandboxError::no_container(of.as_str()))?;
-            // What cannot be said as an OCI spec is refused now and not at the start.
-            me.runtime_spec(record).map(drop)
         })
         .await?;
 
@@ -178,7 +192,10 @@ impl Inner {
             &security.supplemental_groups,
             security.supplemental_groups_policy,
         )
-        .map_err(invalid(format!("container {}: no such user", container.spec.name.name)))
+        .map_err(invalid(format!(
+            "container {}: no such user",
+            container.spec.name.name
+        )))
     }
 
     /// The OCI runtime spec of a container, made anew from its record, and its
@@ -200,6 +217,8 @@ impl Inner {
                 return Err(SandboxError::new(Kind::WrongState, text));
             }
         };
+        let files = crate::pod_files::at(&self.run_dir(&pod.id), &pod.spec);
+        let namespaces = self.namespaces(&pod.id, &pod.spec);
         let input = oci::Input {
             pod_id: &pod.id,
             pod: &pod.spec,
@@ -207,34 +226,64 @@ impl Inner {
             container: &container.spec,
             image: &container.image,
             identity,
-            files: &crate::pod_files::at(&self.run_dir(&pod.id), &pod.spec),
-            cgroup: container.cgroup.as_ref(),
+            files: &files,
+            namespaces: &namespaces,
+            cgroup_path: container.cgroup.as_ref().map_or("", Cgroup::path),
+            image_volumes: &BTreeMap::new(),
             defaults: &self.settings.defaults,
         };
-        let built = oci::build(&input)
-            .map_err(invalid(format!("container {} cannot be run", container.spec.name.name)))?;
+        let built = oci::build(&input).map_err(invalid(format!(
+            "container {} cannot be run",
+            container.spec.name.name
+        )))?;
         Ok((built.spec, built.raw_env))
     }
 
-    /// The container's seccomp filter; empty for none.
-    pub(super) fn seccomp_filter(&self, container: &ContainerRecord) -> Result<Arc<[u8]>> {
-        use crate::container_spec::SeccompProfile;
+    /// Where the pod's own namespaces can be joined. Only the network's has a
+    /// path; the monitor holds the others and joins them itself.
+    fn namespaces(&self, id: &PodId, spec: &PodSpec) -> oci::Namespaces {
+        let own_net = spec.namespaces.network == Namespace::Pod;
+        let held = |kind: &str| PathBuf::from(format!("/proc/self/ns/{kind}"));
+        oci::Namespaces {
+            network: own_net.then(|| self.run_dir(id).join("netns")),
+            ipc: (spec.namespaces.ipc == Namespace::Pod).then(|| held("ipc")),
+            uts: own_net.then(|| held("uts")),
+            pid: (spec.namespaces.pid == PidMode::Pod).then(|| held("pid")),
+            user: None,
+        }
+    }
+
+    /// The seccomp filter a container with this spec gets, if any.
+    pub(super) fn seccomp_filter(
+        &self,
+        container: &ContainerRecord,
+        spec: &oci_spec::runtime::Spec,
+    ) -> Result<Option<Arc<Filter>>> {
         let security = &container.spec.security;
         if security.privileged {
-            return Ok(Arc::from([]));
+            return Ok(None);
         }
-        let caps = oci::capabilities(security).map_err(invalid("the capabilities do not fit"))?;
-        match &security.seccomp {
-            SeccompProfile::Unconfined => Ok(Arc::from([])),
+        let held = spec
+            .process()
+            .as_ref()
+            .and_then(|process| process.capabilities().as_ref());
+        let caps = oci::capability_set(held.and_then(|sets| sets.bounding().as_ref()));
+        let filter = match &security.seccomp {
+            SeccompProfile::Unconfined => return Ok(None),
             SeccompProfile::RuntimeDefault => self
                 .seccomp
-                .compile_default(caps.bounding)
+                .compile_default(caps)
                 .map_err(internal("cannot compile the default seccomp profile")),
-            SeccompProfile::Localhost(path) => self
-                .seccomp
-                .compile_file(path, caps.bounding)
-                .map_err(invalid(format!("cannot use the seccomp profile {}", path.display()))),
-        }
+            SeccompProfile::Localhost(path) => {
+                self.seccomp
+                    .compile_file(path, caps)
+                    .map_err(invalid(format!(
+                        "cannot use the seccomp profile {}",
+                        path.display()
+                    )))
+            }
+        };
+        filter.map(Some)
     }
 }
 

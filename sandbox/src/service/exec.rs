@@ -9,8 +9,8 @@ use crate::operation::lock;
 use berth_proto::monitor_v1::{self, reply, request};
 use rustix::pipe::PipeFlags;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
@@ -52,7 +52,9 @@ impl Sandboxes {
         let container = self.0.container(id)?;
         let me = self.0.clone();
         let work = async move { me.exec_sync(&container, command, timeout).await };
-        tokio::spawn(work).await.map_err(internal("the exec broke off"))?
+        tokio::spawn(work)
+            .await
+            .map_err(internal("the exec broke off"))?
     }
 }
 
@@ -93,20 +95,29 @@ impl Inner {
             container_id: container.id.to_string(),
             exec_id: exec_id.clone(),
             process: Some(process),
-            cgroup: container.cgroup.as_ref().map(crate::cgroup::Cgroup::for_monitor),
+            cgroup: container
+                .cgroup
+                .as_ref()
+                .map(crate::cgroup::Cgroup::for_monitor),
             stdin_fd: None,
             stdout_fd: Some(0),
             stderr_fd: Some(1),
         };
         let ended = monitor.expect_exec(&exec_id);
-        let _armed = Armed { monitor: &monitor, exec_id: &exec_id };
+        let _armed = Armed {
+            monitor: &monitor,
+            exec_id: &exec_id,
+        };
         let ends = vec![stdout_end, stderr_end];
         let started = monitor
             .ask(request::Body::Exec(message), ends)
             .await
             .map_err(|error| super::start_container::launch_error(error, "cannot exec"))?;
         if !matches!(started.0, reply::Body::Started(_)) {
-            return Err(SandboxError::new(Kind::Internal, "the monitor's answer does not fit"));
+            return Err(SandboxError::new(
+                Kind::Internal,
+                "the monitor's answer does not fit",
+            ));
         }
 
         let left = Arc::new(AtomicUsize::new(OUTPUT_BYTES));
@@ -135,7 +146,11 @@ impl Inner {
         };
         let exited = exited.map_err(internal("the monitor went away during the exec"))?;
         let [stdout, stderr] = finish(outputs).await;
-        Ok(ExecOutput { stdout, stderr, exit_code: exited.exit_code })
+        Ok(ExecOutput {
+            stdout,
+            stderr,
+            exit_code: exited.exit_code,
+        })
     }
 
     async fn exec_process(
@@ -146,11 +161,15 @@ impl Inner {
         let (me, container) = (self.clone(), container.clone());
         blocking(move || {
             let (spec, raw_env) = me.runtime_spec(&container)?;
-            let seccomp = me.seccomp_filter(&container)?;
-            let mut process = launch::process(&spec, &raw_env, &seccomp)
+            let seccomp = me.seccomp_filter(&container, &spec)?;
+            let (program, flags) = seccomp
+                .as_deref()
+                .map_or((&[][..], 0), |filter| (&filter.program[..], filter.flags));
+            let mut process = launch::process(&spec, &raw_env, program)
                 .map_err(internal("cannot say how the command is to run"))?;
             process.argv = command.into_iter().map(String::into_bytes).collect();
             process.tty = false;
+            process.seccomp_flags = flags;
             Ok(process)
         })
         .await
@@ -168,7 +187,10 @@ async fn finish(outputs: [Output; 2]) -> [Vec<u8>; 2] {
     let until = tokio::time::Instant::now() + DRAIN;
     let mut whole = [Vec::new(), Vec::new()];
     for (whole, mut output) in whole.iter_mut().zip(outputs) {
-        if tokio::time::timeout_at(until, &mut output.task).await.is_err() {
+        if tokio::time::timeout_at(until, &mut output.task)
+            .await
+            .is_err()
+        {
             output.task.abort();
         }
         *whole = std::mem::take(&mut *lock(&output.bytes));
@@ -181,7 +203,9 @@ fn collect(fd: OwnedFd, left: Arc<AtomicUsize>) -> Output {
     let bytes = Arc::new(Mutex::new(Vec::new()));
     let kept = bytes.clone();
     let task = tokio::spawn(async move {
-        let Ok(mut reader) = pipe::Receiver::from_owned_fd(fd) else { return };
+        let Ok(mut reader) = pipe::Receiver::from_owned_fd(fd) else {
+            return;
+        };
         let mut chunk = vec![0u8; 32 << 10];
         loop {
             match reader.read(&mut chunk).await {

@@ -76,7 +76,11 @@ pub trait Images: Send + Sync + 'static {
     ///
     /// # Errors
     /// The image is not here, or the disk refuses.
-    fn prepare(&self, container: &ContainerId, image_id: &str) -> std::result::Result<(), ImageError>;
+    fn prepare(
+        &self,
+        container: &ContainerId,
+        image_id: &str,
+    ) -> std::result::Result<(), ImageError>;
 
     /// The container's root file system as a detached mount.
     ///
@@ -177,7 +181,9 @@ impl Sandboxes {
                 network,
                 cgroups,
                 images,
-                seccomp: seccomp::Compiler::new(),
+                seccomp: seccomp::Compiler::new().map_err(|error| {
+                    SandboxError::caused(Kind::Internal, "no seccomp, no containers", error)
+                })?,
                 pending: pending::Pending::default(),
                 settings,
             };
@@ -226,9 +232,10 @@ impl Sandboxes {
             let text = format!("container {} does not run", container.id);
             return Err(SandboxError::new(Kind::WrongState, text));
         }
-        let body = berth_proto::monitor_v1::request::Body::ReopenLog(
-            berth_proto::monitor_v1::ReopenLog { container_id: container.id.to_string() },
-        );
+        let body =
+            berth_proto::monitor_v1::request::Body::ReopenLog(berth_proto::monitor_v1::ReopenLog {
+                container_id: container.id.to_string(),
+            });
         let monitor = self.0.monitor(&container.pod)?;
         monitor.tell(body, Vec::new()).await.map_err(|error| {
             let text = format!("cannot reopen the log of container {}", container.id);
@@ -240,8 +247,12 @@ impl Sandboxes {
 impl Inner {
     fn container(&self, id: &str) -> Result<Arc<crate::container::ContainerRecord>> {
         let view = self.objects.view();
-        let listed = view.container(id).filter(|container| container.state.is_listed());
-        listed.cloned().ok_or_else(|| SandboxError::no_container(id))
+        let listed = view
+            .container(id)
+            .filter(|container| container.state.is_listed());
+        listed
+            .cloned()
+            .ok_or_else(|| SandboxError::no_container(id))
     }
 
     fn pod(&self, id: &str) -> Result<Arc<crate::pod::PodRecord>> {
@@ -278,17 +289,19 @@ impl Inner {
     where
         F: Future<Output = Result<String>> + Send + 'static,
     {
-        let key = Key { kind, object: object.into() };
+        let key = Key {
+            kind,
+            object: object.into(),
+        };
         let me = self.clone();
-        self.operations.join_or_begin(key, subject.into(), move |stage| work(me, stage)).await
+        self.operations
+            .join_or_begin(key, subject.into(), move |stage| work(me, stage))
+            .await
     }
 }
 
 /// Hears what monitors say, until the service is gone.
-async fn listen(
-    inner: std::sync::Weak<Inner>,
-    mut heard: mpsc::UnboundedReceiver<(PodId, Event)>,
-) {
+async fn listen(inner: std::sync::Weak<Inner>, mut heard: mpsc::UnboundedReceiver<(PodId, Event)>) {
     while let Some((pod, event)) = heard.recv().await {
         let Some(inner) = inner.upgrade() else { return };
         // Each on its own: one may have to wait for a start to settle.
@@ -302,16 +315,26 @@ async fn listen(
 }
 
 /// Runs kernel or disk work on a blocking thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let span = tracing::Span::current();
     tokio::task::spawn_blocking(move || span.in_scope(work))
         .await
-        .unwrap_or_else(|panic| Err(SandboxError::caused(Kind::Internal, "the work broke off", panic)))
+        .unwrap_or_else(|panic| {
+            Err(SandboxError::caused(
+                Kind::Internal,
+                "the work broke off",
+                panic,
+            ))
+        })
 }
 
 /// Nanoseconds since 1970.
 fn now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 

@@ -51,31 +51,61 @@ pub(super) struct Pending(Mutex<BTreeMap<String, Entry>>);
 
 impl Pending {
     pub fn undo(&self, pod: PodId, error: &SandboxError) {
-        self.put(pod.to_string(), "undo the pod sandbox", Task::Undo(pod), error);
+        self.put(
+            pod.to_string(),
+            "undo the pod sandbox",
+            Task::Undo(pod),
+            error,
+        );
     }
 
     pub fn detach(&self, pod: Arc<PodRecord>, error: &SandboxError) {
-        self.put(pod.id.to_string(), "take the network back", Task::Detach(pod), error);
+        self.put(
+            pod.id.to_string(),
+            "take the network back",
+            Task::Detach(pod),
+            error,
+        );
     }
 
     pub fn remove(&self, container: Arc<ContainerRecord>, error: &SandboxError) {
-        self.put(container.id.to_string(), "remove the container", Task::Remove(container), error);
+        self.put(
+            container.id.to_string(),
+            "remove the container",
+            Task::Remove(container),
+            error,
+        );
     }
 
     pub fn unreadable(&self, path: &std::path::Path, error: &SandboxError) {
-        self.put(path.display().to_string(), "a record cannot be read", Task::Unreadable, error);
+        self.put(
+            path.display().to_string(),
+            "a record cannot be read",
+            Task::Unreadable,
+            error,
+        );
     }
 
     fn put(&self, subject: String, what: &'static str, task: Task, error: &SandboxError) {
         tracing::warn!(%subject, what, error = error.chain(), "left to do in the background");
         let mut entries = lock(&self.0);
-        let attempts = entries.get(&subject).map_or(1, |entry| entry.info.attempts + 1);
-        let info = PendingInfo { subject: subject.clone(), what, last_error: error.chain(), attempts };
+        let attempts = entries
+            .get(&subject)
+            .map_or(1, |entry| entry.info.attempts + 1);
+        let info = PendingInfo {
+            subject: subject.clone(),
+            what,
+            last_error: error.chain(),
+            attempts,
+        };
         entries.insert(subject, Entry { task, info });
     }
 
     pub fn list(&self) -> Vec<PendingInfo> {
-        lock(&self.0).values().map(|entry| entry.info.clone()).collect()
+        lock(&self.0)
+            .values()
+            .map(|entry| entry.info.clone())
+            .collect()
     }
 }
 
@@ -89,7 +119,11 @@ pub(super) async fn work(inner: Weak<Inner>) {
             .map(|(subject, entry)| (subject.clone(), entry.task.clone()))
             .collect();
         for (subject, task) in tasks {
-            let attempts = |inner: &Inner| lock(&inner.pending.0).get(&subject).map(|e| e.info.attempts);
+            let attempts = |inner: &Inner| {
+                lock(&inner.pending.0)
+                    .get(&subject)
+                    .map(|e| e.info.attempts)
+            };
             let before = attempts(&inner);
             match task {
                 Task::Undo(pod) => inner.undo_pod(&pod).await,

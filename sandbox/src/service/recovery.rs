@@ -56,7 +56,10 @@ pub(super) async fn recover(inner: &Arc<Inner>, unreadable: Vec<Unreadable>) {
         let (inner, pod) = (inner.clone(), pod.clone());
         tokio::spawn(async move { adopt(&inner, &pod).await })
     });
-    if tokio::time::timeout(ADOPTION, join_all(adoptions)).await.is_err() {
+    if tokio::time::timeout(ADOPTION, join_all(adoptions))
+        .await
+        .is_err()
+    {
         tracing::warn!("pods are still being taken over");
     }
     // With a record missing, what it owns would look like nobody's.
@@ -115,9 +118,17 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
     let asked = monitor.ask(inspect, Vec::new()).await;
     let state = match asked {
         Ok((reply::Body::State(state), _)) => state,
-        Ok(_) => return Err(SandboxError::new(Kind::Internal, "the monitor's answer does not fit")),
+        Ok(_) => {
+            return Err(SandboxError::new(
+                Kind::Internal,
+                "the monitor's answer does not fit",
+            ));
+        }
         Err(error) => {
-            let text = format!("the monitor of pod sandbox {} does not say what runs", pod.id);
+            let text = format!(
+                "the monitor of pod sandbox {} does not say what runs",
+                pod.id
+            );
             return Err(SandboxError::caused(Kind::Internal, text, error));
         }
     };
@@ -125,9 +136,16 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
         if !container.state.is_live() {
             continue;
         }
-        let known = state.containers.iter().find(|known| known.container_id == container.id.as_str());
+        let known = state
+            .containers
+            .iter()
+            .find(|known| known.container_id == container.id.as_str());
         let event = match known {
-            Some(monitor_v1::ContainerState { exited: Some(exited), started_at, .. }) => {
+            Some(monitor_v1::ContainerState {
+                exited: Some(exited),
+                started_at,
+                ..
+            }) => {
                 started_first(inner, container, *started_at).await;
                 Some(exit_event(exited))
             }
@@ -141,7 +159,9 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
             Some(_) => None,
             None => Some(match inner.recorded_exit(&container.pod, &container.id) {
                 Some(exit) => exit,
-                None if container.state == ContainerState::Starting => ContainerEvent::NothingStarted,
+                None if container.state == ContainerState::Starting => {
+                    ContainerEvent::NothingStarted
+                }
                 None => ContainerEvent::Exited {
                     at: now(),
                     exit: Exit {
@@ -163,7 +183,11 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
 /// A container that ended while nobody listened did start.
 async fn started_first(inner: &Arc<Inner>, container: &ContainerRecord, since: i64) {
     if container.state == ContainerState::Starting {
-        let event = ContainerEvent::Started { since, pid: 0, start_ticks: 0 };
+        let event = ContainerEvent::Started {
+            since,
+            pid: 0,
+            start_ticks: 0,
+        };
         if let Err(error) = inner.container_event(&container.id, event).await {
             tracing::warn!(container = %container.id, error = error.chain(), "its start is not recorded");
         }
@@ -189,16 +213,16 @@ async fn end_with_the_node(inner: &Arc<Inner>, pod: &PodRecord) {
         if !container.state.is_live() {
             continue;
         }
-        let event = inner.recorded_exit(&container.pod, &container.id).unwrap_or_else(|| {
-            ContainerEvent::Exited {
+        let event = inner
+            .recorded_exit(&container.pod, &container.id)
+            .unwrap_or_else(|| ContainerEvent::Exited {
                 at: now(),
                 exit: Exit {
                     code: UNKNOWN_EXIT,
                     reason: "NodeRestarted".into(),
                     message: "the node went down while the container ran".into(),
                 },
-            }
-        });
+            });
         if let Err(error) = inner.container_event(&container.id, event).await {
             tracing::warn!(container = %container.id, error = error.chain(), "its end is not recorded");
         }
@@ -242,7 +266,10 @@ async fn sweep(inner: &Arc<Inner>) {
             Ok(freed) if freed.is_empty() => {}
             Ok(freed) => tracing::info!(?freed, "took back networks of nobody's"),
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "networks of nobody's stay");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "networks of nobody's stay"
+                );
             }
         }
         Ok(())
@@ -254,7 +281,9 @@ async fn sweep(inner: &Arc<Inner>) {
 
 /// A monitor says that a container's first process has ended.
 pub(super) async fn container_exited(inner: &Arc<Inner>, exited: &monitor_v1::Exited) {
-    let Ok(id) = exited.container_id.parse::<ContainerId>() else { return };
+    let Ok(id) = exited.container_id.parse::<ContainerId>() else {
+        return;
+    };
     // The answer to its start may still be on the way.
     inner.settled(&id).await;
     match inner.container_event(&id, exit_event(exited)).await {
@@ -274,7 +303,9 @@ pub(super) async fn container_exited(inner: &Arc<Inner>, exited: &monitor_v1::Ex
 /// reply path, and again at removal.
 async fn release_if_ended(inner: &Arc<Inner>, id: &ContainerId) {
     let view = inner.objects.view();
-    let Some(container) = view.container(id.as_str()) else { return };
+    let Some(container) = view.container(id.as_str()) else {
+        return;
+    };
     if matches!(container.state, ContainerState::Exited { .. })
         && let Err(error) = inner.release_cgroup(container).await
     {
@@ -284,14 +315,18 @@ async fn release_if_ended(inner: &Arc<Inner>, id: &ContainerId) {
 
 /// The connection to a pod's monitor ended: it is gone, or just the connection.
 pub(super) async fn connection_lost(inner: &Arc<Inner>, pod: &PodId) {
-    let held = lock(&inner.monitors).get(pod).is_some_and(|monitor| monitor.is_lost());
+    let held = lock(&inner.monitors)
+        .get(pod)
+        .is_some_and(|monitor| monitor.is_lost());
     if !held {
         // Ended on purpose, or connected anew since.
         return;
     }
     lock(&inner.monitors).remove(pod);
     for _ in 0..RECONNECTS {
-        let Some(record) = inner.objects.view().pod(pod.as_str()).cloned() else { return };
+        let Some(record) = inner.objects.view().pod(pod.as_str()).cloned() else {
+            return;
+        };
         if !record.state.is_ready() {
             return;
         }
@@ -343,14 +378,25 @@ fn exit_event(exited: &monitor_v1::Exited) -> ContainerEvent {
 /// container for memory, else by the exit code.
 fn exit(code: i32, oom_kills: u64) -> Exit {
     let (reason, message) = if oom_kills > 0 && code != 0 {
-        let times = if oom_kills == 1 { String::new() } else { format!(", {oom_kills} times") };
-        ("OOMKilled", format!("the container's memory limit was hit and the kernel killed{times}"))
+        let times = if oom_kills == 1 {
+            String::new()
+        } else {
+            format!(", {oom_kills} times")
+        };
+        (
+            "OOMKilled",
+            format!("the container's memory limit was hit and the kernel killed{times}"),
+        )
     } else if code == 0 {
         ("Completed", String::new())
     } else {
         ("Error", String::new())
     };
-    Exit { code, reason: reason.into(), message }
+    Exit {
+        code,
+        reason: reason.into(),
+        message,
+    }
 }
 
 impl Inner {

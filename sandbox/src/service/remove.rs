@@ -19,11 +19,15 @@ impl Sandboxes {
     /// # Errors
     /// It cannot be killed, or the disk refuses; it can be repeated.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
-        let Ok(container) = self.0.container(id) else { return Ok(()) };
+        let Ok(container) = self.0.container(id) else {
+            return Ok(());
+        };
         let subject = container.spec.name.name.clone();
         self.0
             .operation("RemoveContainer", id, subject, |me, stage| async move {
-                me.remove_container(&container, Some(&stage)).await.map(|()| String::new())
+                me.remove_container(&container, Some(&stage))
+                    .await
+                    .map(|()| String::new())
             })
             .await
             .map(drop)
@@ -35,7 +39,9 @@ impl Sandboxes {
     /// # Errors
     /// What could not be stopped or removed; it can be repeated.
     pub async fn remove_pod(&self, id: &str) -> Result<()> {
-        let Ok(pod) = self.0.pod(id) else { return Ok(()) };
+        let Ok(pod) = self.0.pod(id) else {
+            return Ok(());
+        };
         let subject = pod.spec.name.to_string();
         self.0
             .operation("RemovePodSandbox", id, subject, |me, stage| async move {
@@ -58,7 +64,10 @@ impl Inner {
         self.settled(&container.id).await;
         self.kill_container(container).await?;
         enter("record");
-        match self.container_event(&container.id, ContainerEvent::Remove).await {
+        match self
+            .container_event(&container.id, ContainerEvent::Remove)
+            .await
+        {
             Ok(_) => {}
             Err(error) if error.kind() == Kind::ContainerNotFound => return Ok(()),
             Err(error) => return Err(error),
@@ -74,9 +83,13 @@ impl Inner {
         .await?;
         let monitor = lock(&self.monitors).get(&container.pod).cloned();
         if let Some(monitor) = monitor {
-            let forget = monitor_v1::Forget { container_id: container.id.to_string() };
+            let forget = monitor_v1::Forget {
+                container_id: container.id.to_string(),
+            };
             // It may never have heard of it; what it still keeps goes with the pod.
-            let _ = monitor.tell(request::Body::Forget(forget), Vec::new()).await;
+            let _ = monitor
+                .tell(request::Body::Forget(forget), Vec::new())
+                .await;
         }
         crash::point("remove_container.released");
         enter("forget");
@@ -104,8 +117,10 @@ impl Inner {
     ) -> Result<()> {
         stage.inspect(|stage| stage.enter("containers"));
         let view = self.objects.view();
-        let removed =
-            join_all(view.containers_of(id).map(|container| self.remove_container(container, None)));
+        let removed = join_all(
+            view.containers_of(id)
+                .map(|container| self.remove_container(container, None)),
+        );
         let failures = removed.await.into_iter().filter_map(Result::err).collect();
         if let Some(error) = together(failures, || format!("pod sandbox {id} is not all removed")) {
             return Err(error);

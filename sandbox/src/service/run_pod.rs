@@ -24,7 +24,10 @@ impl Sandboxes {
     /// What any step met; nothing is left of the pod then.
     pub async fn run_pod(&self, spec: PodSpec) -> Result<PodId> {
         let name = &spec.name;
-        let object = format!("{:?}", (&name.uid, &name.namespace, &name.name, name.attempt));
+        let object = format!(
+            "{:?}",
+            (&name.uid, &name.namespace, &name.name, name.attempt)
+        );
         let subject = name.to_string();
         let id = self
             .0
@@ -39,7 +42,10 @@ impl Sandboxes {
 impl Inner {
     async fn run_pod(self: &Arc<Self>, spec: PodSpec, stage: Stage) -> Result<PodId> {
         let view = self.objects.view();
-        if let Some(pod) = view.pods().find(|pod| pod.state.is_ready() && pod.spec.name == spec.name) {
+        if let Some(pod) = view
+            .pods()
+            .find(|pod| pod.state.is_ready() && pod.spec.name == spec.name)
+        {
             return Ok(pod.id.clone());
         }
         if spec.namespaces.network == Namespace::Pod {
@@ -136,7 +142,10 @@ impl Inner {
         blocking(move || {
             me.objects.update_pod(&id, |pod| {
                 pod.state = pod.state.on(&PodEvent::Made).ok_or_else(|| {
-                    SandboxError::new(Kind::WrongState, format!("pod sandbox {} was stopped", pod.id))
+                    SandboxError::new(
+                        Kind::WrongState,
+                        format!("pod sandbox {} was stopped", pod.id),
+                    )
                 })?;
                 if let Some(attached) = attached {
                     pod.ips = attached.ips;
@@ -170,8 +179,16 @@ impl Inner {
             // A pod on the host's network shares the host's name, as the kubelet expects.
             uts: own_net,
             pid: spec.namespaces.pid == PidMode::Pod,
-            net_pin: if own_net { pin.to_string_lossy().into_owned() } else { String::new() },
-            hostname: if own_net { pod_files::hostname(spec) } else { String::new() },
+            net_pin: if own_net {
+                pin.to_string_lossy().into_owned()
+            } else {
+                String::new()
+            },
+            hostname: if own_net {
+                pod_files::hostname(spec)
+            } else {
+                String::new()
+            },
             sysctls: spec
                 .sysctls
                 .iter()
@@ -183,10 +200,13 @@ impl Inner {
             uid_map: Vec::new(),
             gid_map: Vec::new(),
         };
-        monitor.tell(request::Body::MakeNamespaces(message), Vec::new()).await.map_err(|error| {
-            let text = format!("cannot make the namespaces of pod sandbox {}", pod.id);
-            SandboxError::caused(Kind::Internal, text, error)
-        })
+        monitor
+            .tell(request::Body::MakeNamespaces(message), Vec::new())
+            .await
+            .map_err(|error| {
+                let text = format!("cannot make the namespaces of pod sandbox {}", pod.id);
+                SandboxError::caused(Kind::Internal, text, error)
+            })
     }
 
     async fn attach(self: &Arc<Self>, pod: &Arc<PodRecord>) -> Result<Option<AttachResult>> {
@@ -204,10 +224,10 @@ impl Inner {
                 annotations: &pod.spec.annotations,
                 cgroup_parent: &pod.spec.cgroup_parent,
             };
-            let attached = me
-                .network
-                .attach(&request)
-                .map_err(internal(format!("cannot give pod sandbox {} its network", pod.id)))?;
+            let attached = me.network.attach(&request).map_err(internal(format!(
+                "cannot give pod sandbox {} its network",
+                pod.id
+            )))?;
             Ok(Some(attached))
         })
         .await
@@ -255,7 +275,10 @@ fn make_log_directory(spec: &PodSpec) -> Result<()> {
         return Ok(());
     }
     std::fs::create_dir_all(&spec.log_directory).map_err(|error| {
-        let text = format!("cannot make the log directory {}", spec.log_directory.display());
+        let text = format!(
+            "cannot make the log directory {}",
+            spec.log_directory.display()
+        );
         SandboxError::caused(Kind::Internal, text, error)
     })
 }

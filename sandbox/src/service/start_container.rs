@@ -9,6 +9,7 @@ use crate::operation::Stage;
 use crate::pod_spec::{Namespace, PidMode};
 use berth_proto::monitor_v1::{self, reply, request};
 use berth_store::crash;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -26,7 +27,9 @@ impl Sandboxes {
         let subject = container.spec.name.name.clone();
         self.0
             .operation("StartContainer", id, subject, |me, stage| async move {
-                me.start_container(&container, &stage).await.map(|()| String::new())
+                me.start_container(&container, &stage)
+                    .await
+                    .map(|()| String::new())
             })
             .await
             .map(drop)
@@ -103,7 +106,10 @@ impl Inner {
         crash::point("start_container.launched");
         match answer {
             reply::Body::Started(started) => Ok(started),
-            _ => Err(SandboxError::new(Kind::Internal, "the monitor's answer does not fit")),
+            _ => Err(SandboxError::new(
+                Kind::Internal,
+                "the monitor's answer does not fit",
+            )),
         }
     }
 
@@ -112,28 +118,40 @@ impl Inner {
         let pod = view.pod(container.pod.as_str());
         let pod = pod.ok_or_else(|| SandboxError::no_pod(container.pod.as_str()))?;
         let (spec, raw_env) = self.runtime_spec(container)?;
-        let seccomp = self.seccomp_filter(container)?;
-        let rootfs = self
-            .images
-            .mount(&container.id)
-            .map_err(internal(format!("cannot mount the file system of container {}", container.id)))?;
-        if let Some(dir) = container.log_path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-            std::fs::create_dir_all(dir)
-                .map_err(internal(format!("cannot make the log directory {}", dir.display())))?;
+        let seccomp = self.seccomp_filter(container, &spec)?;
+        let rootfs = self.images.mount(&container.id).map_err(internal(format!(
+            "cannot mount the file system of container {}",
+            container.id
+        )))?;
+        if let Some(dir) = container
+            .log_path
+            .parent()
+            .filter(|dir| !dir.as_os_str().is_empty())
+        {
+            std::fs::create_dir_all(dir).map_err(internal(format!(
+                "cannot make the log directory {}",
+                dir.display()
+            )))?;
         }
         let cgroup = container.cgroup.as_ref().ok_or_else(|| {
-            SandboxError::new(Kind::Internal, format!("container {} has no cgroup", container.id))
+            SandboxError::new(
+                Kind::Internal,
+                format!("container {} has no cgroup", container.id),
+            )
         })?;
         let namespaces = &pod.spec.namespaces;
         let own_net = namespaces.network == Namespace::Pod;
-        launch::plan(
+        let (program, flags) = seccomp
+            .as_deref()
+            .map_or((&[][..], 0), |filter| (&filter.program[..], filter.flags));
+        let planned = launch::plan(
             &spec,
             Extra {
                 container_id: container.id.to_string(),
                 cgroup: cgroup.for_monitor(),
                 rootfs,
                 raw_env,
-                seccomp,
+                seccomp: Arc::from(program),
                 log_path: container.log_path.clone(),
                 log_line_bytes: self.settings.log_line_bytes,
                 stdin: container.spec.stdin,
@@ -143,9 +161,20 @@ impl Inner {
                 join_uts: own_net,
                 join_ipc: namespaces.ipc == Namespace::Pod,
                 join_pid: container.spec.security.pid == PidMode::Pod,
+                join_user: false,
+                target_container_id: String::new(),
+                user_namespace: None,
+                prepared: BTreeMap::new(),
             },
-        )
-        .map_err(internal(format!("cannot plan the start of container {}", container.spec.name.name)))
+        );
+        let (mut message, fds) = planned.map_err(internal(format!(
+            "cannot plan the start of container {}",
+            container.spec.name.name
+        )))?;
+        if let Some(process) = &mut message.process {
+            process.seccomp_flags = flags;
+        }
+        Ok((message, fds))
     }
 }
 
@@ -153,8 +182,14 @@ impl Inner {
 pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
     const ENOENT: i32 = 2;
     let kind = match &error {
-        MonitorError::Refused { errno: ENOENT, stage, .. } if stage == "exec" => Kind::Missing,
-        MonitorError::Refused { not_found: true, .. } => Kind::WrongState,
+        MonitorError::Refused {
+            errno: ENOENT,
+            stage,
+            ..
+        } if stage == "exec" => Kind::Missing,
+        MonitorError::Refused {
+            not_found: true, ..
+        } => Kind::WrongState,
         MonitorError::Refused { .. }
         | MonitorError::Spawn { .. }
         | MonitorError::Unreachable { .. }

@@ -21,12 +21,16 @@ impl Sandboxes {
     /// # Errors
     /// `DeadlineExceeded` when it does not even end by SIGKILL.
     pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
-        let Ok(container) = self.0.container(id) else { return Ok(()) };
+        let Ok(container) = self.0.container(id) else {
+            return Ok(());
+        };
         let object = format!("{id} {}", grace.as_millis());
         let subject = container.spec.name.name.clone();
         self.0
             .operation("StopContainer", object, subject, |me, stage| async move {
-                me.stop_container(&container, grace, &stage).await.map(|()| String::new())
+                me.stop_container(&container, grace, &stage)
+                    .await
+                    .map(|()| String::new())
             })
             .await
             .map(drop)
@@ -43,12 +47,16 @@ impl Inner {
         stage.enter("settle");
         self.settled(&container.id).await;
         let live = |me: &Self| {
-            me.objects.view().container(container.id.as_str()).is_some_and(|c| c.state.is_live())
+            me.objects
+                .view()
+                .container(container.id.as_str())
+                .is_some_and(|c| c.state.is_live())
         };
         if live(self) && !grace.is_zero() {
             stage.enter("grace");
             if let Ok(monitor) = self.monitor(&container.pod)
-                && let Err(error) = signal(&monitor, container.id.as_str(), container.stop_signal).await
+                && let Err(error) =
+                    signal(&monitor, container.id.as_str(), container.stop_signal).await
             {
                 // Most likely it has just ended; if not, SIGKILL follows.
                 tracing::info!(container = %container.id, error = &error as &dyn std::error::Error,

@@ -35,7 +35,9 @@ impl Sandboxes {
     /// # Errors
     /// `Internal` with everything that could not be given back; it can be repeated.
     pub async fn stop_pod(&self, id: &str) -> Result<()> {
-        let Ok(pod) = self.0.pod(id) else { return Ok(()) };
+        let Ok(pod) = self.0.pod(id) else {
+            return Ok(());
+        };
         let subject = pod.spec.name.to_string();
         self.0
             .operation("StopPodSandbox", id, subject, |me, stage| async move {
@@ -71,9 +73,13 @@ impl Inner {
     /// Takes a half-made pod apart and forgets it; what fails is tried again later.
     pub(super) async fn undo_pod(self: &Arc<Self>, id: &PodId) {
         let undone = async {
-            let Some(pod) = self.objects.view().pod(id.as_str()).cloned() else { return Ok(()) };
+            let Some(pod) = self.objects.view().pod(id.as_str()).cloned() else {
+                return Ok(());
+            };
             let failures = self.teardown(&pod, None).await;
-            if let Some(error) = together(failures, || format!("pod sandbox {id} is not all undone")) {
+            if let Some(error) =
+                together(failures, || format!("pod sandbox {id} is not all undone"))
+            {
                 return Err(error);
             }
             let (me, id) = (self.clone(), id.clone());
@@ -128,9 +134,17 @@ impl Inner {
     }
 
     /// Kills what lives of a container and waits until it is known to have ended.
-    pub(super) async fn kill_container(self: &Arc<Self>, container: &Arc<ContainerRecord>) -> Result<()> {
+    pub(super) async fn kill_container(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+    ) -> Result<()> {
         let id = &container.id;
-        if self.objects.view().container(id.as_str()).is_some_and(|c| c.state.is_live()) {
+        if self
+            .objects
+            .view()
+            .container(id.as_str())
+            .is_some_and(|c| c.state.is_live())
+        {
             let signalled = match self.monitor(&container.pod) {
                 Ok(monitor) => signal(&monitor, id.as_str(), libc_sigkill()).await.is_ok(),
                 Err(_) => false,
@@ -152,40 +166,60 @@ impl Inner {
     }
 
     /// Kills every process in the container's cgroup.
-    pub(super) async fn empty_cgroup(self: &Arc<Self>, container: &Arc<ContainerRecord>) -> Result<()> {
-        let Some(cgroup) = container.cgroup.clone() else { return Ok(()) };
+    pub(super) async fn empty_cgroup(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+    ) -> Result<()> {
+        let Some(cgroup) = container.cgroup.clone() else {
+            return Ok(());
+        };
         let id = container.id.clone();
         blocking(move || {
-            cgroup.kill_all(KILL_DEADLINE).map_err(internal(format!("cannot kill all of container {id}")))
+            cgroup
+                .kill_all(KILL_DEADLINE)
+                .map_err(internal(format!("cannot kill all of container {id}")))
         })
         .await
     }
 
     /// Empties and removes the container's cgroup.
-    pub(super) async fn release_cgroup(self: &Arc<Self>, container: &Arc<ContainerRecord>) -> Result<()> {
-        let Some(cgroup) = container.cgroup.clone() else { return Ok(()) };
+    pub(super) async fn release_cgroup(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+    ) -> Result<()> {
+        let Some(cgroup) = container.cgroup.clone() else {
+            return Ok(());
+        };
         let id = container.id.clone();
         blocking(move || {
             cgroup
                 .kill_all(KILL_DEADLINE)
                 .and_then(|()| cgroup.remove(KILL_DEADLINE))
-                .map_err(internal(format!("cannot remove the cgroup of container {id}")))
+                .map_err(internal(format!(
+                    "cannot remove the cgroup of container {id}"
+                )))
         })
         .await
     }
 
     /// The monitor that could have said how the container ended is gone.
-    pub(super) async fn declare_lost(self: &Arc<Self>, container: &Arc<ContainerRecord>) -> Result<()> {
+    pub(super) async fn declare_lost(
+        self: &Arc<Self>,
+        container: &Arc<ContainerRecord>,
+    ) -> Result<()> {
         let (me, id, pod) = (self.clone(), container.id.clone(), container.pod.clone());
         blocking(move || {
-            let event = me.recorded_exit(&pod, &id).unwrap_or_else(|| ContainerEvent::Exited {
-                at: now(),
-                exit: Exit {
-                    code: 137,
-                    reason: "MonitorLost".into(),
-                    message: "the pod's monitor ended before the container; it was killed".into(),
-                },
-            });
+            let event = me
+                .recorded_exit(&pod, &id)
+                .unwrap_or_else(|| ContainerEvent::Exited {
+                    at: now(),
+                    exit: Exit {
+                        code: 137,
+                        reason: "MonitorLost".into(),
+                        message: "the pod's monitor ended before the container; it was killed"
+                            .into(),
+                    },
+                });
             me.objects.update_container(&id, |container| {
                 if container.state.is_live()
                     && let Some(next) = container.state.on(&event)
@@ -212,7 +246,10 @@ impl Inner {
             };
             me.network
                 .detach(&request, pod.network.as_ref())
-                .map_err(internal(format!("cannot take the network of pod sandbox {} back", pod.id)))
+                .map_err(internal(format!(
+                    "cannot take the network of pod sandbox {} back",
+                    pod.id
+                )))
         })
         .await
     }
@@ -223,8 +260,8 @@ impl Inner {
             Some(monitor) => monitor,
             // Not connected: it may run all the same, after a crash of ours.
             None => {
-                let connected = Monitor::connect(&self.run_dir(id), id.clone(), self.events.clone());
-                match connected.await {
+                let dir = self.run_dir(id);
+                match Monitor::connect(&dir, id.clone(), self.events.clone()).await {
                     Ok(monitor) => Arc::new(monitor),
                     Err(_) => return,
                 }
@@ -234,7 +271,10 @@ impl Inner {
         if let Err(error) = monitor.tell(shutdown, Vec::new()).await {
             tracing::warn!(pod = %id, error = &error as &dyn std::error::Error, "the monitor does not end");
         }
-        if tokio::time::timeout(MONITOR_END, monitor.ended()).await.is_err() {
+        if tokio::time::timeout(MONITOR_END, monitor.ended())
+            .await
+            .is_err()
+        {
             tracing::warn!(pod = %id, "the monitor has not ended yet");
         }
     }
@@ -254,16 +294,21 @@ impl Inner {
                 }
             }
             if let Some(parent) = &pod.cgroup {
-                me.cgroups
-                    .remove_parent(parent)
-                    .map_err(internal(format!("cannot remove the cgroup of pod sandbox {}", pod.id)))?;
+                me.cgroups.remove_parent(parent).map_err(internal(format!(
+                    "cannot remove the cgroup of pod sandbox {}",
+                    pod.id
+                )))?;
             }
             Ok(())
         })
         .await
     }
 
-    pub(super) async fn pod_event(self: &Arc<Self>, id: &PodId, event: PodEvent) -> Result<Arc<PodRecord>> {
+    pub(super) async fn pod_event(
+        self: &Arc<Self>,
+        id: &PodId,
+        event: PodEvent,
+    ) -> Result<Arc<PodRecord>> {
         let (me, id) = (self.clone(), id.clone());
         blocking(move || {
             me.objects.update_pod(&id, |pod| {
@@ -348,7 +393,9 @@ pub(super) async fn signal(
         exec_id: String::new(),
         signal,
     };
-    monitor.tell(request::Body::Signal(message), Vec::new()).await
+    monitor
+        .tell(request::Body::Signal(message), Vec::new())
+        .await
 }
 
 pub(super) fn libc_sigkill() -> i32 {
@@ -364,5 +411,8 @@ pub(super) fn together(
         return None;
     }
     let each: Vec<String> = failures.iter().map(SandboxError::chain).collect();
-    Some(SandboxError::new(failures[0].kind(), format!("{}: {}", what(), each.join("; "))))
+    Some(SandboxError::new(
+        failures[0].kind(),
+        format!("{}: {}", what(), each.join("; ")),
+    ))
 }
