@@ -3,7 +3,7 @@
 
 use crate::{Errno, Result, check};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Marks every descriptor from `first` on close-on-exec.
 ///
@@ -89,19 +89,24 @@ fn close_range(first: u32, last: u32) -> Result<()> {
     check(result).map(drop)
 }
 
-/// Takes over the descriptor `fd` this process was started with.
+/// Takes over the descriptor `fd` this process was started with. Of 0 to 2,
+/// which std uses, it takes a copy from 3 on.
 ///
 /// # Errors
-/// EBADF when it is not open, and for 0 to 2, which std uses.
+/// EBADF when it is not open.
 pub fn inherited(fd: RawFd) -> Result<OwnedFd> {
-    if fd <= 2 {
-        return Err(Errno::BADF);
+    if (0..=2).contains(&fd) {
+        // SAFETY: only makes a new descriptor, or says that the old one is not open.
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        check(copy.into())?;
+        // SAFETY: just made, so open and owned by nobody else.
+        return Ok(unsafe { OwnedFd::from_raw_fd(copy) });
     }
     // SAFETY: F_SETFD only sets a flag, and says whether the number is open.
     check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }.into())?;
     // SAFETY: open, as the call above has shown. Ownership: the number comes
     // from the parent through exec, so nothing in this process owns it yet.
-    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes `number` (0 to 2) a copy of `fd` that survives exec.
@@ -143,8 +148,9 @@ mod tests {
     }
 
     #[test]
-    fn standard_descriptors_are_not_taken_over() {
-        assert_eq!(inherited(1).unwrap_err(), Errno::BADF);
+    fn a_standard_descriptor_is_copied_and_one_that_is_not_open_refused() {
+        assert!(inherited(2).unwrap().as_raw_fd() > 2);
         assert_eq!(inherited(9999).unwrap_err(), Errno::BADF);
+        assert_eq!(inherited(-1).unwrap_err(), Errno::BADF);
     }
 }
