@@ -11,6 +11,7 @@
 
 pub mod address;
 pub mod bridge;
+pub mod client;
 pub mod conntrack;
 pub mod hostport;
 pub mod ipam;
@@ -18,7 +19,9 @@ pub mod netlink;
 pub mod netns;
 pub mod network;
 pub mod nftables;
+pub mod plugin;
 pub mod process;
+pub mod spec;
 pub mod sysctl;
 
 pub use address::IpNet;
