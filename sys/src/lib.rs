@@ -5,6 +5,7 @@
 //! Errors are [`Errno`]: what the kernel said and nothing else. Callers know
 //! which object it was about.
 
+pub mod bpf;
 pub mod caps;
 pub mod clone;
 pub mod fd;

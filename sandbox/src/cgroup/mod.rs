@@ -84,6 +84,8 @@ pub enum Error {
         limit: u64,
         usage: u64,
     },
+    #[error("cannot restrict the devices of {path}")]
+    Devices { path: PathBuf, source: io::Error },
     #[error("a limit of {swap} bytes for memory plus swap is below the memory limit of {memory}")]
     SwapBelowMemory { memory: i64, swap: i64 },
     #[error("a limit for memory plus swap needs a memory limit on cgroup v2")]
@@ -364,7 +366,7 @@ impl Cgroups {
 
     /// Makes a container's cgroup beneath `parent` (empty: the default one) and writes its
     /// limits. Made again after a crash, it is the same one. An empty list of device rules
-    /// leaves the parent's; on v2 rules have no effect yet.
+    /// leaves the parent's. On v2 the rules become a program in the kernel.
     ///
     /// # Errors
     /// What cannot be limited on this host, or what the kernel says; then nothing stays behind.
@@ -424,10 +426,8 @@ impl Cgroups {
             v1::inherit_cpuset(directory, &cpuset.mount)?;
         }
         self.apply(cgroup, resources)?;
-        if !devices.is_empty()
-            && let Some(directory) = cgroup.directory("devices")
-        {
-            device::apply_v1(directory, devices)?;
+        if !devices.is_empty() {
+            device::apply(cgroup, devices)?;
         }
         Ok(())
     }

@@ -56,6 +56,12 @@ impl Ground {
         }
         pid
     }
+
+    /// To the first of them: they wait for it, so that they do nothing before they are inside.
+    fn say(&mut self, line: &str) {
+        std::io::Write::write_all(self.children[0].stdin.as_mut().unwrap(), line.as_bytes())
+            .unwrap();
+    }
 }
 
 impl Drop for Ground {
@@ -252,7 +258,7 @@ fn a_process_that_forks_all_the_time_is_killed() {
             "read x; while :; do (sleep 1000 & ) ; (setsid sleep 1000 &) ; done 2>&-",
         ],
     );
-    std::io::Write::write_all(ground.children[0].stdin.as_mut().unwrap(), b"go\n").unwrap();
+    ground.say("go\n");
     wait_for("it forks", || cgroup.pids().unwrap().len() > 10);
     assert!(!cgroup.is_empty().unwrap());
     assert!(cgroup.pids().unwrap().contains(&pid));
@@ -274,7 +280,7 @@ fn killing_needs_no_help_from_the_kernel() {
             &cgroup,
             &["sh", "-c", "read x; while :; do (sleep 1000 &) ; done 2>&-"],
         );
-        std::io::Write::write_all(ground.children[0].stdin.as_mut().unwrap(), b"go\n").unwrap();
+        ground.say("go\n");
         wait_for("it forks", || cgroup.pids().unwrap().len() > 10);
         // As on a host without the unified hierarchy.
         let unified = cgroup.unified.take().unwrap();
@@ -330,7 +336,7 @@ fn statistics_count() {
     let mut ground = Ground::new();
     let cgroup = ground.create(&limits()).unwrap();
     ground.run(&cgroup, &["sh", "-c", "read x; while :; do :; done"]);
-    std::io::Write::write_all(ground.children[0].stdin.as_mut().unwrap(), b"go\n").unwrap();
+    ground.say("go\n");
     wait_for("it uses the processor", || {
         cgroup.stats().unwrap().cpu.unwrap().usage_ns > 10_000_000
     });
@@ -349,6 +355,72 @@ fn statistics_count() {
     cgroup.pressure("cpu").unwrap();
 }
 
+/// Null may be opened, the kernel's log may not.
+const OPENS: &str =
+    "read x; true </dev/null && true >/dev/zero || exit 1; true </dev/kmsg && exit 2; exit 7";
+
+#[test]
+fn only_the_devices_allowed_can_be_opened() {
+    let mut ground = Ground::new();
+    let cgroup = ground.create(&Resources::default()).unwrap();
+    ground.run(&cgroup, &["sh", "-c", OPENS]);
+    ground.say("go\n");
+    assert_eq!(ground.children[0].wait().unwrap().code(), Some(7));
+    let rest = [DeviceRule::everything()];
+    let id = ContainerId::random().unwrap();
+    let free = ground
+        .cgroups
+        .create(&ground.parent.path, &id, &Resources::default(), &rest);
+    ground.run(&free.unwrap(), &["sh", "-c", OPENS]);
+    std::io::Write::write_all(ground.children[1].stdin.as_mut().unwrap(), b"go\n").unwrap();
+    assert_eq!(ground.children[1].wait().unwrap().code(), Some(2));
+}
+
+/// Also where v1 has the devices controller: the unified hierarchy takes programs.
+#[test]
+fn a_program_restricts_devices_too() {
+    let mut ground = Ground::new();
+    let id = ContainerId::random().unwrap();
+    let cgroup = ground
+        .cgroups
+        .create(&ground.parent.path, &id, &Resources::default(), &[]);
+    let cgroup = cgroup.unwrap();
+    let rule = |allow, kind, major, minor, access: &str| DeviceRule {
+        allow,
+        kind,
+        major,
+        minor,
+        access: access.to_owned(),
+    };
+    let Some(unified) = cgroup.unified() else {
+        return;
+    };
+    let rules = [
+        &DeviceRule::defaults()[..],
+        // /dev/zero to be read only, then /dev/full not to be written.
+        &[
+            rule(false, DeviceKind::Char, Some(1), Some(5), "w"),
+            rule(true, DeviceKind::Block, None, None, "rwm"),
+            rule(false, DeviceKind::All, Some(1), Some(7), "w"),
+        ],
+    ];
+    device::apply_v2(unified, &rules.concat()).unwrap();
+    device::apply_v2(unified, &rules.concat()).unwrap();
+    ground.run(
+        &cgroup,
+        &[
+            "sh",
+            "-c",
+            "read x
+             true </dev/null && true >/dev/null && true </dev/zero && true </dev/full || exit 1
+             true >/dev/zero && exit 2; true >/dev/full && exit 3; true </dev/kmsg && exit 4
+             exit 7",
+        ],
+    );
+    ground.say("go\n");
+    assert_eq!(ground.children[0].wait().unwrap().code(), Some(7));
+}
+
 #[test]
 fn running_out_of_memory_is_counted() {
     let mut ground = Ground::new();
@@ -365,7 +437,7 @@ fn running_out_of_memory_is_counted() {
             "read x; head -c 60000000 /dev/zero | tail -c 60000000",
         ],
     );
-    std::io::Write::write_all(ground.children[0].stdin.as_mut().unwrap(), b"go\n").unwrap();
+    ground.say("go\n");
     wait_for("the kernel kills", || {
         cgroup.oom_kills().unwrap() >= Some(1)
     });
@@ -388,7 +460,7 @@ fn a_limit_below_the_usage_is_refused() {
             "read x; { head -c 60000000 /dev/zero; sleep 1000; } | tail -c 60000000",
         ],
     );
-    std::io::Write::write_all(ground.children[0].stdin.as_mut().unwrap(), b"go\n").unwrap();
+    ground.say("go\n");
     wait_for("it has the memory", || {
         cgroup.memory_usage().unwrap().unwrap() > 55_000_000
     });
