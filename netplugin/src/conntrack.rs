@@ -54,18 +54,17 @@ pub fn forget(which: &[Which]) -> Result<usize, NetlinkError> {
     let mut requests = Vec::new();
     for family in families(which) {
         let list = Request::raw("list tracked connections", GET, 0, vec![family, 0, 0, 0]);
-        let answers = match socket.list(&list) {
-            Ok(answers) => answers,
-            Err(error) if absent(&error) => return Ok(0),
-            Err(error) => return Err(error),
-        };
-        for answer in answers {
-            let Some(body) = answer.payload.get(NFGENMSG_BYTES..) else {
-                continue;
-            };
-            if which.iter().any(|which| matches(which, body)) {
+        // A busy node tracks hundreds of thousands: only what matches is kept.
+        let listed = socket.each(&list, |_, payload| {
+            if let Some(body) = payload.get(NFGENMSG_BYTES..)
+                && which.iter().any(|which| matches(which, body))
+            {
                 requests.push(delete(family, body));
             }
+        });
+        match listed {
+            Err(error) if absent(&error) => return Ok(0),
+            other => other?,
         }
     }
     for batch in requests.chunks(64) {

@@ -29,3 +29,16 @@ pub use network::{
     AttachRequest, AttachResult, DetachRequest, Mode, Network, NetworkError, NetworkSettings,
     NetworkStatus, Pod, PortMapping, Protocol,
 };
+
+/// Where a test can make the process die (`berth_store::crash`), in order: the
+/// address is leased; the veth pair is there; the host ports are recorded; the
+/// link is off again; CNI's ADD is recorded, is through; CNI's DEL is through.
+pub const CRASH_POINTS: [&str; 7] = [
+    "network-leased",
+    "network-linked",
+    "network-hostports-recorded",
+    "network-unlinked",
+    "network-add-recorded",
+    "network-added",
+    "network-deleted",
+];

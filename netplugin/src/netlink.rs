@@ -17,8 +17,10 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, SendFlags};
 use std::io;
+use std::time::Duration;
 
 const HEADER_BYTES: usize = 16;
 const ATTRIBUTE_HEADER_BYTES: usize = 4;
@@ -37,6 +39,10 @@ const ATTRIBUTE_NESTED: u16 = 0x8000;
 /// More than any answer datagram of the kernel: dumps come in pieces of at most
 /// 32 KiB. Source: netlink_dump() in Linux.
 const RECEIVE_BYTES: usize = 64 << 10;
+
+/// The kernel works through requests while they are sent, however long that
+/// takes; an answer that is not there at once is lost.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +155,7 @@ impl Socket {
             // Both are there since Linux 4.12 and only make errors say more and be shorter.
             let _ = socket.set_ext_ack(true);
             let _ = socket.set_cap_ack(true);
+            set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_DEADLINE))?;
             Ok(Self {
                 socket,
                 sequence: 0,
@@ -199,8 +206,27 @@ impl Socket {
     /// # Errors
     /// `Refused` where it lists nothing.
     pub fn list(&mut self, request: &Request) -> Result<Vec<Answer>, NetlinkError> {
-        let first = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
         let mut answers = Vec::new();
+        self.each(request, |kind, payload| {
+            answers.push(Answer {
+                kind,
+                payload: payload.to_vec(),
+            });
+        })?;
+        Ok(answers)
+    }
+
+    /// Hands type and payload of each thing the kernel lists to `take`: for
+    /// lists that may be longer than one wants to keep.
+    ///
+    /// # Errors
+    /// `Refused` where it lists nothing.
+    pub fn each(
+        &mut self,
+        request: &Request,
+        mut take: impl FnMut(u16, &[u8]),
+    ) -> Result<(), NetlinkError> {
+        let first = self.send(std::slice::from_ref(request), NLM_F_DUMP)?;
         let mut failure = None;
         let mut done = false;
         while !done {
@@ -214,14 +240,11 @@ impl Socket {
                         done = true;
                         failure = refusal(request, payload, flags);
                     }
-                    kind => answers.push(Answer {
-                        kind,
-                        payload: payload.to_vec(),
-                    }),
+                    kind => take(kind, payload),
                 }
             })?;
         }
-        failure.map_or(Ok(answers), Err)
+        failure.map_or(Ok(()), Err)
     }
 
     /// Sends all as one datagram; the first one's sequence number.

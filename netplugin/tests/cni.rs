@@ -402,8 +402,21 @@ fn berth_bridge(world: &World, version: &str) -> Value {
 
 /// Runs the program as a runtime would; its answer, and whether it succeeded.
 fn call(world: &World, command: &str, id: &str, netns: &Path, config: &Value) -> (Value, bool) {
+    call_and_die(world, command, id, netns, config, "")
+}
+
+/// [`call`], but the program kills itself at `point`.
+fn call_and_die(
+    world: &World,
+    command: &str,
+    id: &str,
+    netns: &Path,
+    config: &Value,
+    point: &str,
+) -> (Value, bool) {
     let (text, good) = world.host.run(|| {
         let mut child = Command::new(env!("CARGO_BIN_EXE_berth-bridge"))
+            .env(berth_store::crash::VARIABLE, point)
             .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", id)
             .env("CNI_NETNS", netns)
@@ -526,6 +539,37 @@ fn berth_bridge_keeps_to_the_specification() {
     let (error, _) = call(&world, "ADD", "c", Path::new("/nowhere"), &config);
     assert_eq!(error["code"], 3);
     assert_eq!(world.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+fn killed_at_any_point_it_can_be_repeated_and_taken_back() {
+    let world = World::new();
+    let mut config = berth_bridge(&world, "1.1.0");
+    config["runtimeConfig"] =
+        json!({ "portMappings": [{ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" }] });
+    let points = berth_netplugin::CRASH_POINTS.iter();
+    let mut died = 0;
+    for (number, point) in points.enumerate() {
+        for repeat in [true, false] {
+            let id = format!("pod{number}{repeat}");
+            let netns = Netns::new();
+            let path = netns.path();
+            let (_, good) = call_and_die(&world, "ADD", &id, &path, &config, point);
+            died += usize::from(!good);
+            if repeat {
+                let (result, good) = call(&world, "ADD", &id, &path, &config);
+                assert!(good, "ADD after {point}: {result}");
+                let _server = netns.serve("0.0.0.0:80");
+                world.outside.ask(&format!("{HOST4}:8080")).unwrap();
+            }
+            let (_, good) = call_and_die(&world, "DEL", &id, &path, &config, point);
+            died += usize::from(!good);
+            let (answer, good) = call(&world, "DEL", &id, &path, &config);
+            assert!(good, "DEL after {point}: {answer}");
+            assert_eq!(world.leftovers(), Vec::<String>::new(), "{point}");
+        }
+    }
+    assert_eq!(died, 2 * 4, "each of the bridge's points was reached");
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
