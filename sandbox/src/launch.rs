@@ -511,3 +511,6 @@ impl Planner {
         self.fds.push(null)
     }
 }
+
+#[cfg(test)]
+mod tests;

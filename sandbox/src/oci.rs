@@ -593,3 +593,6 @@ fn annotations(input: &Input<'_>) -> HashMap<String, String> {
     .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned()))
     .collect()
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

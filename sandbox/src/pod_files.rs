@@ -291,10 +291,9 @@ fn mount_shm(path: &Path, spec: &PodSpec) -> Result<(), PodFilesError> {
     let root = |ids: &[crate::pod_spec::IdMapping]| {
         ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id)
     };
-    if let Some(user) = &spec.namespaces.user {
-        if let (Some(uid), Some(gid)) = (root(&user.uids), root(&user.gids)) {
-            options += &format!(",uid={uid},gid={gid}");
-        }
+    let user = spec.namespaces.user.as_ref();
+    if let Some((Some(uid), Some(gid))) = user.map(|user| (root(&user.uids), root(&user.gids))) {
+        options += &format!(",uid={uid},gid={gid}");
     }
     let options = std::ffi::CString::new(options).map_err(|_| failed(Errno::INVAL))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;

@@ -14,7 +14,8 @@ use std::path::Path;
 /// PROC_SUPER_MAGIC. Source: linux/magic.h.
 const PROC_MAGIC: u64 = 0x9fa0;
 
-const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// This thread's: threads may be in mount namespaces of their own.
+const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 impl Planner {
     pub(super) fn bind(
