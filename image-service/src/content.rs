@@ -11,9 +11,10 @@
 
 use crate::digest::{Algorithm, Digest, Hasher, Mismatch};
 use berth_store::atomic_file::{self, Durability};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Largest manifest, index or config that is taken, in bytes.
 /// Source: distribution-spec 1.1, "Pushing Manifests": registries should take 4 MiB.
@@ -41,6 +42,8 @@ pub enum ContentError {
 #[derive(Debug)]
 pub struct Content {
     dir: PathBuf,
+    /// What the files take, by name, so that asking for the sum needs no disk.
+    sizes: Mutex<HashMap<Digest, u64>>,
 }
 
 impl Content {
@@ -49,6 +52,7 @@ impl Content {
     /// # Errors
     /// [`ContentError::Io`].
     pub fn open(dir: &Path) -> Result<Content, ContentError> {
+        let mut sizes = HashMap::new();
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let dir = dir.join(algorithm.name());
             std::fs::create_dir_all(&dir).map_err(|source| ContentError::Io {
@@ -59,10 +63,32 @@ impl Content {
             for name in names(&dir)? {
                 if atomic_file::is_temporary(&name) {
                     remove(&dir.join(name))?;
+                } else if let Ok(digest) = format!("{}:{name}", algorithm.name()).parse()
+                    && let Ok(metadata) = std::fs::symlink_metadata(dir.join(name))
+                {
+                    sizes.insert(digest, metadata.len());
                 }
             }
         }
-        Ok(Content { dir: dir.into() })
+        Ok(Content {
+            dir: dir.into(),
+            sizes: Mutex::new(sizes),
+        })
+    }
+
+    fn sizes(&self) -> MutexGuard<'_, HashMap<Digest, u64>> {
+        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes and number of the files. Never waits for the disk.
+    pub fn sums(&self) -> (u64, u64) {
+        let sizes = self.sizes();
+        (sizes.values().sum(), sizes.len() as u64)
+    }
+
+    /// Whether there is a file for `digest`; only reading it tells whether it is good.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.sizes().contains_key(digest)
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
@@ -103,25 +129,21 @@ impl Content {
                 path,
                 source,
             }
-        })
+        })?;
+        self.sizes().insert(digest.clone(), bytes.len() as u64);
+        Ok(())
     }
 
     /// Removes everything whose digest is not in `kept`; tells what could not be removed.
     pub fn retain(&self, kept: &HashSet<Digest>) -> Vec<ContentError> {
         let mut failed = Vec::new();
-        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
-            let dir = self.dir.join(algorithm.name());
-            let names = names(&dir).unwrap_or_else(|error| {
-                failed.push(error);
-                Vec::new()
-            });
-            for name in names {
-                let digest: Option<Digest> = format!("{}:{name}", algorithm.name()).parse().ok();
-                if digest.is_some_and(|digest| !kept.contains(&digest))
-                    && let Err(error) = remove(&dir.join(name))
-                {
-                    failed.push(error);
+        let here: Vec<Digest> = self.sizes().keys().cloned().collect();
+        for digest in here.iter().filter(|digest| !kept.contains(digest)) {
+            match remove(&self.path(digest)) {
+                Ok(()) => {
+                    self.sizes().remove(digest);
                 }
+                Err(error) => failed.push(error),
             }
         }
         failed

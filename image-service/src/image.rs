@@ -4,6 +4,7 @@
 //! reader never waits and never sees half a change.
 
 use crate::digest::Digest;
+use crate::layer::LayerId;
 use crate::manifest::ImageConfig;
 use crate::reference::{Reference, image_id, is_lower_hex};
 use berth_store::Record;
@@ -24,14 +25,14 @@ pub struct Image {
     /// `host/repository@digest`, sorted; the digest is of what the reference led to, an index
     /// where there is one.
     pub repo_digests: Vec<String>,
-    /// Bytes of the regular files of all layers, unpacked.
+    /// Bytes the distinct layers take on disk, unpacked.
     pub size_bytes: u64,
     /// How it says it should be run.
     pub config: ImageConfig,
     /// The manifest for this platform.
     pub manifest_digest: Digest,
-    /// Diff IDs of the layers, lowest first.
-    pub layers: Vec<Digest>,
+    /// The layers as they are stored, lowest first.
+    pub layers: Vec<LayerId>,
     /// The user, when the image names it by number.
     pub uid: Option<i64>,
     /// The user, when the image names it by name; else "".
@@ -48,8 +49,9 @@ pub(crate) struct ImageRecord {
     pub repo_digests: BTreeSet<String>,
     pub size_bytes: u64,
     pub config: ImageConfig,
+    pub layers: Vec<LayerId>,
     pub manifest_digest: Digest,
-    /// Manifests and indexes that led here; kept so that the next pull need not fetch them.
+    /// Manifests, indexes and the config; kept so that the next pull need not fetch them.
     pub documents: BTreeSet<Digest>,
     #[serde(default)]
     pub pinned: bool,
@@ -71,7 +73,7 @@ impl ImageRecord {
             size_bytes: self.size_bytes,
             config: self.config.clone(),
             manifest_digest: self.manifest_digest.clone(),
-            layers: self.config.diff_ids.clone(),
+            layers: self.layers.clone(),
             uid,
             username,
             pinned: self.pinned,
@@ -175,6 +177,7 @@ mod tests {
             repo_digests: digests.iter().map(|&name| name.into()).collect(),
             size_bytes: 1,
             config: ImageConfig::default(),
+            layers: Vec::new(),
             manifest_digest: id,
             documents: BTreeSet::new(),
             pinned: false,

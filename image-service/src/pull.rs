@@ -14,7 +14,7 @@
 use crate::content::{BadBlob, Content, ContentError, MAX_DOCUMENT_BYTES, VerifyingReader};
 use crate::digest::Digest;
 use crate::image::ImageRecord;
-use crate::layer;
+use crate::layer::{Ingest, LayerId, LayerInfo, Lease, Store, StoreError};
 use crate::manifest::{
     self, Descriptor, Document, ImageConfig, LayerPacking, Manifest, ManifestError, Platform,
 };
@@ -25,13 +25,12 @@ use crate::unpack::{Compression, UnpackError};
 use berth_store::{RecordError, crash};
 use bytes::Bytes;
 use futures_util::StreamExt;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error as StdError;
 use std::fmt;
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// The points a pull can be killed at, in order. See [`berth_store::crash`].
 pub const CRASH_POINTS: &[&str] = &[
@@ -104,7 +103,7 @@ pub enum PullError {
         /// The reference.
         image: String,
         /// Why.
-        source: Arc<dyn StdError + Send + Sync>,
+        source: StoreError,
     },
     /// Manifests and configs could not be stored.
     #[error("cannot store the manifests of {image}")]
@@ -204,9 +203,10 @@ pub(crate) struct Job {
     pub reference: Reference,
     pub registry: Arc<Registry>,
     pub content: Arc<Content>,
-    pub layers: Arc<layer::Store>,
+    pub layers: Store,
     pub machine: Platform,
     pub max_layer_downloads: usize,
+    pub max_layer_bytes: Option<u64>,
     pub progress: Progress,
 }
 
@@ -238,7 +238,7 @@ impl Job {
             None => self.resolve().await?,
         };
         let named = digest.clone();
-        let mut documents = BTreeSet::from([digest.clone()]);
+        let mut documents = Documents::from([(digest.clone(), bytes.clone())]);
         let mut depth = 0;
         let manifest = loop {
             let document = manifest::parse(content_type.as_deref(), &bytes)
@@ -263,7 +263,7 @@ impl Job {
                 .await?;
             content_type = Some(next.media_type.clone());
             digest = next.digest.clone();
-            documents.insert(digest.clone());
+            documents.insert(digest.clone(), bytes.clone());
         };
         self.progress.enter(Stage::Config);
         let config = &manifest.config;
@@ -275,6 +275,7 @@ impl Job {
         config
             .check(&manifest, &self.machine)
             .map_err(|source| self.manifest_error(source))?;
+        documents.insert(manifest.config.digest.clone(), bytes);
         crash::point("pull_image.after_config");
         Ok(Described {
             named,
@@ -429,47 +430,50 @@ pub(crate) struct Described {
     manifest_digest: Digest,
     manifest: Manifest,
     config: ImageConfig,
-    documents: BTreeSet<Digest>,
+    documents: Documents,
 }
 
-impl Described {
-    /// Everything on disk this pull relies on: diff IDs and documents.
-    pub fn needs(&self) -> BTreeSet<Digest> {
-        let mut needs = self.documents.clone();
-        needs.insert(self.manifest.config.digest.clone());
-        needs.extend(self.config.diff_ids.iter().cloned());
-        needs
-    }
+/// Manifests, indexes and the config of an image.
+pub(crate) type Documents = BTreeMap<Digest, Vec<u8>>;
+
+/// An image that is whole and durable and not recorded yet. Collection leaves its layers alone
+/// while this lives.
+pub(crate) struct Fetched {
+    pub record: ImageRecord,
+    pub documents: Documents,
+    _lease: Arc<Lease>,
 }
 
 /// One distinct layer to fetch.
 struct Wanted {
     descriptor: Descriptor,
     compression: Compression,
-    diff_id: Digest,
+    /// Of the image's layers up to this one.
+    diff_ids: Vec<Digest>,
+    /// The layers below, lowest first, where all are here.
+    parents: Option<Vec<LayerId>>,
 }
 
 impl Job {
     /// Fetches and unpacks what is missing and gives the record to write, everything it names
-    /// being on disk and synced. The caller holds a lease on [`Described::needs`].
-    pub async fn fetch(self: &Arc<Self>, described: Described) -> Result<ImageRecord, PullError> {
+    /// being on disk and synced.
+    pub async fn fetch(self: &Arc<Self>, described: Described) -> Result<Fetched, PullError> {
         self.progress.enter(Stage::Layers);
+        let lease = Arc::new(self.layers.lease());
+        let diff_ids = &described.config.diff_ids;
+        let manifest = &described.manifest;
         let mut wanted = Vec::new();
         let mut asked = BTreeSet::new();
-        let layers = described.manifest.layers.iter();
-        for ((descriptor, packing), diff_id) in layers.zip(&described.config.diff_ids) {
+        let mut here = Some(Vec::new());
+        for nth in 0..diff_ids.len() {
+            let found = self.layers.find(&lease, &diff_ids[..=nth]);
             // The same layer may be there several times; empty ones usually are.
-            if !asked.insert(diff_id.clone()) || self.layers.has(diff_id) {
-                continue;
+            if asked.insert(&diff_ids[nth]) && found.is_none() {
+                wanted.push(wanted_layer(manifest, diff_ids, nth, here.clone()));
             }
-            wanted.push(Wanted {
-                descriptor: descriptor.clone(),
-                compression: match packing {
-                    LayerPacking::Tar => Compression::None,
-                    LayerPacking::Gzip => Compression::Gzip,
-                    LayerPacking::Zstd => Compression::Zstd,
-                },
-                diff_id: diff_id.clone(),
+            here = here.zip(found).map(|(mut below, found)| {
+                below.push(found.id);
+                below
             });
         }
         let bytes = wanted.iter().map(|layer| layer.descriptor.size).sum();
@@ -477,67 +481,66 @@ impl Job {
         for _ in wanted.len()..asked.len() {
             self.progress.layer_done();
         }
-        self.fetch_layers(wanted).await?;
+        self.fetch_layers(&lease, wanted).await?;
+        let layers = self.fetch_leaning(&lease, manifest, diff_ids).await?;
         self.progress.enter(Stage::Sync);
         crash::point("pull_image.before_sync");
-        let store = Arc::clone(&self.layers);
-        let diff_ids = described.config.diff_ids.clone();
-        let size_bytes = self
-            .blocking(move || {
-                store.sync()?;
-                let mut size_bytes = 0;
-                for diff_id in &diff_ids {
-                    size_bytes += store.info(diff_id)?.size_bytes;
-                }
-                Ok(size_bytes)
-            })
-            .await?;
-        let config = &described.manifest.config;
-        Ok(ImageRecord {
-            id: config.digest.clone(),
+        let store = self.layers.clone();
+        tokio::task::spawn_blocking(move || store.sync())
+            .await
+            .map_err(|_| self.aborted())?
+            .map_err(|source| PullError::Layers {
+                image: self.image(),
+                source,
+            })?;
+        let distinct: BTreeMap<&LayerId, u64> =
+            layers.iter().map(|info| (&info.id, info.bytes)).collect();
+        let record = ImageRecord {
+            id: manifest.config.digest.clone(),
             repo_tags: self.reference.repo_tag().into_iter().collect(),
             repo_digests: BTreeSet::from([self.reference.repo_digest(&described.named)]),
-            size_bytes,
+            size_bytes: distinct.values().sum(),
+            layers: layers.iter().map(|info| info.id.clone()).collect(),
             config: described.config,
             manifest_digest: described.manifest_digest,
-            documents: described.documents,
+            documents: described.documents.keys().cloned().collect(),
             pinned: false,
+        };
+        Ok(Fetched {
+            record,
+            documents: described.documents,
+            _lease: lease,
         })
     }
 
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, layer::LayerError> + Send + 'static,
-    ) -> Result<T, PullError> {
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|_| self.aborted())?
-            .map_err(|error| PullError::Layers {
-                image: self.image(),
-                source: Arc::new(error),
-            })
-    }
-
-    /// All of `wanted`, some at a time. After the first failure the others stop, and none is
-    /// under way any more when this returns.
-    async fn fetch_layers(self: &Arc<Self>, wanted: Vec<Wanted>) -> Result<(), PullError> {
+    /// All of `wanted`, some at a time, but those that turn out to lean on their parents. After
+    /// the first failure the others stop, and none is under way any more when this returns.
+    async fn fetch_layers(
+        self: &Arc<Self>,
+        lease: &Arc<Lease>,
+        wanted: Vec<Wanted>,
+    ) -> Result<(), PullError> {
         let (stop, stopped) = watch::channel(false);
         let downloads = wanted.into_iter().map(|layer| {
-            let (job, stopped) = (Arc::clone(self), stopped.clone());
-            async move { job.fetch_layer(&layer, stopped).await }
+            let (job, lease, stopped) = (Arc::clone(self), Arc::clone(lease), stopped.clone());
+            async move { job.fetch_layer(lease, &layer, stopped).await }
         });
-        let mut downloads = futures_util::stream::iter(downloads)
-            .buffer_unordered(self.max_layer_downloads.max(1));
+        let mut downloads =
+            futures_util::stream::iter(downloads).buffer_unordered(self.max_layer_downloads.max(1));
         let mut first_error = None;
         let mut first_done = true;
         while let Some(result) = downloads.next().await {
             match result {
-                Ok(()) => {
+                Ok(_) => {
                     self.progress.layer_done();
                     if std::mem::take(&mut first_done) {
                         crash::point("pull_image.after_first_layer");
                     }
                 }
+                Err(PullError::Unpack {
+                    source: UnpackError::LeansOnParents,
+                    ..
+                }) => {}
                 // Those stopped because of the first only say so.
                 Err(error) if first_error.is_none() => {
                     first_error = Some(error);
@@ -549,11 +552,38 @@ impl Job {
         first_error.map_or(Ok(()), Err)
     }
 
+    /// What is still missing, lowest first, each above its parents; gives all layers.
+    async fn fetch_leaning(
+        &self,
+        lease: &Arc<Lease>,
+        manifest: &Manifest,
+        diff_ids: &[Digest],
+    ) -> Result<Vec<LayerInfo>, PullError> {
+        let (_stop, stopped) = watch::channel(false);
+        let mut layers: Vec<LayerInfo> = Vec::new();
+        for nth in 0..diff_ids.len() {
+            let info = match self.layers.find(lease, &diff_ids[..=nth]) {
+                Some(info) => info,
+                None => {
+                    let below = layers.iter().map(|info| info.id.clone()).collect();
+                    let layer = wanted_layer(manifest, diff_ids, nth, Some(below));
+                    let lease = Arc::clone(lease);
+                    let info = self.fetch_layer(lease, &layer, stopped.clone()).await?;
+                    self.progress.layer_done();
+                    info
+                }
+            };
+            layers.push(info);
+        }
+        Ok(layers)
+    }
+
     async fn fetch_layer(
         &self,
+        lease: Arc<Lease>,
         layer: &Wanted,
         mut stopped: watch::Receiver<bool>,
-    ) -> Result<(), PullError> {
+    ) -> Result<LayerInfo, PullError> {
         let what = format!("layer {}", layer.descriptor.digest);
         let hosts = self
             .registry
@@ -565,8 +595,9 @@ impl Job {
             if *stopped.borrow() {
                 break;
             }
-            let error = match self.fetch_layer_at(at, &what, layer, &mut stopped).await {
-                Ok(()) => return Ok(()),
+            let fetched = self.fetch_layer_at(at, &what, &lease, layer, &mut stopped);
+            let error = match fetched.await {
+                Ok(info) => return Ok(info),
                 Err(error) => error,
             };
             if nth == last || !error.is_the_hosts() {
@@ -581,40 +612,47 @@ impl Job {
         &self,
         at: usize,
         what: &str,
+        lease: &Arc<Lease>,
         layer: &Wanted,
         stopped: &mut watch::Receiver<bool>,
-    ) -> Result<(), PullError> {
+    ) -> Result<LayerInfo, PullError> {
         let Descriptor { digest, size, .. } = &layer.descriptor;
-        let mut blob = tokio::select! {
-            blob = self.registry.blob(at, digest, *size) => {
-                blob.map_err(|error| self.registry_error(what, error))?
-            }
-            _ = stopped.wait_for(|stop| *stop) => return Err(self.aborted()),
-        };
         let (chunks, received) = mpsc::channel(CHUNKS_AHEAD);
+        let (begin, begun) = oneshot::channel();
         let verdict = Arc::new(Mutex::new(None));
         let reader = Judged {
-            inner: VerifyingReader::new(Chunks::new(received), digest, *size),
+            inner: VerifyingReader::new(Chunks::new(begin, received), digest, *size),
             verdict: Arc::clone(&verdict),
         };
-        let store = Arc::clone(&self.layers);
-        let (diff_id, compression) = (layer.diff_id.clone(), layer.compression);
-        let unpacking =
-            tokio::task::spawn_blocking(move || store.unpack(&diff_id, compression, reader));
-        let sent = self.pass_on(&mut blob, &chunks, stopped).await;
+        let (store, lease) = (self.layers.clone(), Arc::clone(lease));
+        let (diff_ids, parents) = (layer.diff_ids.clone(), layer.parents.clone());
+        let (compression, limit_bytes) = (layer.compression, self.max_layer_bytes);
+        let unpacking = tokio::task::spawn_blocking(move || {
+            let ingest = Ingest {
+                diff_ids: &diff_ids,
+                parents: parents.as_deref(),
+                compression,
+                limit_bytes,
+            };
+            store.unpack(&lease, ingest, reader)
+        });
+        // Until the first read it may turn out that another pull unpacks the same layer.
+        let sent = match begun.await {
+            Ok(()) => self.pass_on(at, &layer.descriptor, &chunks, stopped).await,
+            Err(_) => Ok(0),
+        };
         // Dropped only now: without the end mark the reader fails, and the store commits nothing.
         drop(chunks);
         let unpacked = unpacking.await.map_err(|_| self.aborted())?;
-        let counted = match &sent {
-            Ok(bytes) | Err((bytes, _)) => *bytes,
-        };
         let verdict = verdict
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        // Somebody else's unpacking of the same layer may have succeeded meanwhile.
+        let counted = match &sent {
+            Ok(bytes) | Err((bytes, _)) => *bytes,
+        };
         let error = match (unpacked, sent, verdict) {
-            (Ok(_), _, _) => return Ok(()),
+            (Ok(info), _, _) => return Ok(info),
             (Err(_), Err((_, Some(error))), _) => self.registry_error(what, error),
             (Err(_), Err((_, None)), _) => self.aborted(),
             (Err(_), Ok(_), Some(bad)) => self.wrong(what, at, bad),
@@ -628,19 +666,26 @@ impl Job {
         Err(error)
     }
 
-    /// Sends a blob to its reader; gives the bytes sent, on failure with the reason unless it
-    /// was told to stop.
+    /// Downloads a blob and sends it to its reader; gives the bytes sent, on failure with the
+    /// reason unless it was told to stop.
     async fn pass_on(
         &self,
-        blob: &mut crate::registry::Blob,
+        at: usize,
+        blob: &Descriptor,
         chunks: &mpsc::Sender<Chunk>,
         stopped: &mut watch::Receiver<bool>,
     ) -> Result<u64, (u64, Option<RegistryError>)> {
         let mut bytes = 0;
+        let mut blob = tokio::select! {
+            blob = self.registry.blob(at, &blob.digest, blob.size) => {
+                blob.map_err(|error| (bytes, Some(error)))?
+            }
+            () = told_to_stop(stopped) => return Err((bytes, None)),
+        };
         loop {
             let next = tokio::select! {
                 next = blob.next() => next,
-                _ = stopped.wait_for(|stop| *stop) => return Err((bytes, None)),
+                () = told_to_stop(stopped) => return Err((bytes, None)),
             };
             let chunk = match next {
                 Ok(Some(chunk)) => chunk,
@@ -661,22 +706,51 @@ impl Job {
     }
 }
 
+async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
+    if stopped.wait_for(|stop| *stop).await.is_err() {
+        // Whoever could tell is gone.
+        std::future::pending::<()>().await;
+    }
+}
+
+fn wanted_layer(
+    manifest: &Manifest,
+    diff_ids: &[Digest],
+    nth: usize,
+    parents: Option<Vec<LayerId>>,
+) -> Wanted {
+    // One layer for each diff ID: `ImageConfig::check` saw to it.
+    let (descriptor, packing) = &manifest.layers[nth];
+    Wanted {
+        descriptor: descriptor.clone(),
+        compression: match packing {
+            LayerPacking::Tar => Compression::None,
+            LayerPacking::Gzip => Compression::Gzip,
+            LayerPacking::Zstd => Compression::Zstd,
+        },
+        diff_ids: diff_ids[..=nth].to_vec(),
+        parents,
+    }
+}
+
 enum Chunk {
     Bytes(Bytes),
     /// The body ended as it should. A channel that closes without it was cut.
     End,
 }
 
-/// The blocking end of a download.
+/// The blocking end of a download, which begins with the first read.
 struct Chunks {
+    begin: Option<oneshot::Sender<()>>,
     received: mpsc::Receiver<Chunk>,
     current: Bytes,
     ended: bool,
 }
 
 impl Chunks {
-    fn new(received: mpsc::Receiver<Chunk>) -> Chunks {
+    fn new(begin: oneshot::Sender<()>, received: mpsc::Receiver<Chunk>) -> Chunks {
         Chunks {
+            begin: Some(begin),
             received,
             current: Bytes::new(),
             ended: false,
@@ -686,6 +760,9 @@ impl Chunks {
 
 impl Read for Chunks {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(begin) = self.begin.take() {
+            let _ = begin.send(());
+        }
         while self.current.is_empty() && !self.ended {
             match self.received.blocking_recv() {
                 Some(Chunk::Bytes(bytes)) => self.current = bytes,
@@ -718,7 +795,10 @@ impl<R: Read> Read for Judged<R> {
             }
             let kind = error.kind();
             let text = error.to_string();
-            if let Some(bad) = error.into_inner().and_then(|e| e.downcast::<BadBlob>().ok()) {
+            if let Some(bad) = error
+                .into_inner()
+                .and_then(|e| e.downcast::<BadBlob>().ok())
+            {
                 let mut verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
                 verdict.get_or_insert(*bad);
             }

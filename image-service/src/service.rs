@@ -7,27 +7,30 @@
 //! ```
 //! A record is written last and removed first: an image is there when its record is. Readers
 //! see an immutable [`Images`] that is swapped whole before a call answers; writers take
-//! `changes` and do nothing slow while they hold it but write records. Pulls lease what they
-//! rely on, and garbage collection leaves alone what is leased, recorded or under a container.
+//! `changes` and do nothing slow while they hold it but write records. Pulls lease the layers
+//! they rely on, and collection leaves alone what is leased, recorded or under a container.
 
 use crate::auth::Credentials;
 use crate::content::{Content, ContentError};
 use crate::digest::Digest;
+use crate::gc;
 use crate::image::{Image, ImageRecord, Images};
-use crate::layer;
+use crate::layer::{Store, StoreError};
 use crate::manifest::Platform;
 use crate::progress::{Progress, Stage};
-use crate::pull::{Job, PullError};
+use crate::pull::{Documents, Job, PullError};
 use crate::reference::Reference;
 use crate::registry::{Registry, Timeouts};
-use crate::snapshot;
+use crate::snapshot::{self, SnapshotError, Snapshots};
+use crate::usage::{self, FsUsage};
 use arc_swap::ArcSwap;
 use berth_store::atomic_file::{self, Durability};
 use berth_store::record;
 use berth_store::{RecordError, crash};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::error::Error as StdError;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -43,9 +46,15 @@ pub struct Settings {
     pub certs_d: Vec<PathBuf>,
     /// How many layers of one image are fetched at a time; 3 unless said otherwise.
     pub max_layer_downloads: usize,
+    /// Refuses a layer whose archive has more bytes, uncompressed; `None`: the disk decides.
+    pub max_layer_bytes: Option<u64>,
     /// How long to wait for registries.
     pub timeouts: Timeouts,
 }
+
+/// A few compressed megabytes can become any number of bytes; the largest layers in use, models
+/// for machine learning, have some tens of GiB.
+const MAX_LAYER_BYTES: u64 = 256 << 30;
 
 impl Settings {
     /// The defaults, for images below `lib` and containers below `containers`.
@@ -55,6 +64,7 @@ impl Settings {
             containers,
             certs_d: Vec::new(),
             max_layer_downloads: 3,
+            max_layer_bytes: Some(MAX_LAYER_BYTES),
             timeouts: Timeouts::default(),
         }
     }
@@ -78,10 +88,10 @@ pub enum OpenError {
     Content(#[from] ContentError),
     /// The layers.
     #[error("cannot open the stored layers")]
-    Layers(#[from] layer::LayerError),
+    Layers(#[from] StoreError),
     /// The containers' layers.
     #[error("cannot open the containers' layers")]
-    Snapshots(#[from] snapshot::SnapshotError),
+    Snapshots(#[from] SnapshotError),
 }
 
 /// Why an image could not be removed.
@@ -95,15 +105,23 @@ pub enum RemoveError {
         /// Why.
         source: RecordError,
     },
-    /// The image is gone but not everything it used.
-    #[error("the image is gone, but what it used cannot be freed")]
-    Free {
-        /// Why.
-        source: Box<dyn StdError + Send + Sync>,
-    },
     /// The work ended without a result: a bug, or the daemon is going down.
     #[error("the removal was broken off")]
     Aborted,
+}
+
+/// Why an image's files cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// No such image.
+    #[error("there is no image {image}")]
+    NoImage {
+        /// By what name it was asked for.
+        image: String,
+    },
+    /// Its layers.
+    #[error("the image's layers cannot be used")]
+    Snapshot(#[from] SnapshotError),
 }
 
 /// What a pull gave.
@@ -113,6 +131,33 @@ pub struct Pulled {
     pub image_id: String,
     /// Compressed bytes that were fetched for it.
     pub bytes: u64,
+}
+
+#[derive(Debug)]
+enum CommitError {
+    Content(ContentError),
+    Record(RecordError),
+}
+
+impl CommitError {
+    fn of(self, image: String) -> PullError {
+        match self {
+            CommitError::Content(source) => PullError::Content { image, source },
+            CommitError::Record(source) => PullError::Record { image, source },
+        }
+    }
+}
+
+impl From<ContentError> for CommitError {
+    fn from(error: ContentError) -> CommitError {
+        CommitError::Content(error)
+    }
+}
+
+impl From<RecordError> for CommitError {
+    fn from(error: RecordError) -> CommitError {
+        CommitError::Record(error)
+    }
 }
 
 type Outcome = Result<Pulled, Arc<PullError>>;
@@ -134,14 +179,12 @@ struct Inner {
     settings: Settings,
     machine: Platform,
     content: Arc<Content>,
-    layers: Arc<layer::Store>,
-    snapshots: snapshot::Snapshots,
+    layers: Store,
+    snapshots: Snapshots,
     images: ArcSwap<Images>,
     /// Held while records change.
     changes: Mutex<()>,
     running: Mutex<HashMap<Key, Running>>,
-    /// What pulls rely on: how many rely on each.
-    leases: Mutex<HashMap<Digest, usize>>,
 }
 
 /// The images of this node. Clones are the same service.
@@ -171,8 +214,8 @@ impl ImageService {
         let records = settings.lib.join("records");
         create(&records)?;
         let content = Content::open(&settings.lib.join("content"))?;
-        let layers = Arc::new(layer::Store::open(&settings.lib)?);
-        let snapshots = snapshot::Snapshots::open(&settings.containers, Arc::clone(&layers))?;
+        let layers = Store::open(&settings.lib.join("layers"))?;
+        let snapshots = Snapshots::open(&settings.containers, &layers)?;
         let images = load(&records, &layers)?;
         Ok(ImageService(Arc::new(Inner {
             machine: Platform::host(),
@@ -182,7 +225,6 @@ impl ImageService {
             images: ArcSwap::from_pointee(images),
             changes: Mutex::default(),
             running: Mutex::default(),
-            leases: Mutex::default(),
             settings,
         })))
     }
@@ -287,8 +329,114 @@ impl ImageService {
             let next = images.with(&[(record.id.clone(), None)]);
             self.0.images.store(Arc::new(next));
         }
-        self.collect()?;
+        self.collect();
         Ok(true)
+    }
+
+    /// Frees every layer, manifest and config that no image, container or pull uses.
+    /// What cannot be freed now is tried again by the next collection.
+    fn collect(&self) {
+        {
+            // No pull records an image while its documents are looked at.
+            let _alone = lock(&self.0.changes);
+            let images = self.0.images.load_full();
+            let records = images.by_id.values().map(|(record, _)| record);
+            let kept: HashSet<Digest> = records.flat_map(|r| r.documents.clone()).collect();
+            for error in self.0.content.retain(&kept) {
+                warn(&error, "a manifest nobody uses is not removed, later");
+            }
+        }
+        let collected = gc::collect(&self.0.layers, || {
+            let mut used = self.0.snapshots.references()?;
+            let images = self.0.images.load_full();
+            let records = images.by_id.values().map(|(record, _)| record);
+            used.extend(records.flat_map(|record| record.layers.clone()));
+            Ok::<_, SnapshotError>(used)
+        });
+        match collected {
+            Ok(collected) => {
+                for error in &collected.failures {
+                    warn(error, "a layer nobody uses is not removed, later");
+                }
+            }
+            Err(error) => warn(&error, "no layers are removed, a container's are not known"),
+        }
+    }
+
+    /// What the images take of their file system. Never waits for the disk.
+    pub fn fs_usage(&self) -> FsUsage {
+        let (bytes, files) = self.0.content.sums();
+        usage::of_images(&self.0.layers, bytes, files)
+    }
+
+    /// Makes the writable layer of a container above an image's layers and keeps those from
+    /// being collected until [`ImageService::remove_container`]. Again with the same image it
+    /// succeeds and changes nothing. Blocking.
+    ///
+    /// # Errors
+    /// [`PrepareError`]; nothing is left then.
+    pub fn prepare(&self, container_id: &str, image_id: &str) -> Result<(), PrepareError> {
+        let image = self.image(image_id)?;
+        Ok(self.0.snapshots.prepare(container_id, &image.layers)?)
+    }
+
+    /// A detached mount of a prepared container's root file system, writable. Blocking.
+    ///
+    /// # Errors
+    /// [`SnapshotError`].
+    pub fn mount_rootfs(&self, container_id: &str) -> Result<OwnedFd, SnapshotError> {
+        self.0.snapshots.mount(container_id)
+    }
+
+    /// Removes a container's writable layer; absent is success. The container must have ended.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// [`SnapshotError`].
+    pub fn remove_container(&self, container_id: &str) -> Result<(), SnapshotError> {
+        self.0.snapshots.remove(container_id)
+    }
+
+    /// The content of a regular file of an image, as a process in it would see it; `None` where
+    /// there is none. Blocking.
+    ///
+    /// # Errors
+    /// [`PrepareError`]; also for more than `max_bytes` and for what is no regular file.
+    pub fn read_file_in_image(
+        &self,
+        image_id: &str,
+        path: &str,
+        max_bytes: u64,
+    ) -> Result<Option<Vec<u8>>, PrepareError> {
+        let image = self.image(image_id)?;
+        let found = snapshot::read_in_image(&self.0.layers, &image.layers, path, max_bytes);
+        Ok(found?)
+    }
+
+    /// A detached read-only mount of an image's merged layers. Blocking.
+    ///
+    /// # Errors
+    /// [`PrepareError`].
+    pub fn mount_image(&self, image_id: &str) -> Result<OwnedFd, PrepareError> {
+        let image = self.image(image_id)?;
+        Ok(snapshot::mount_readonly(&self.0.layers, &image.layers)?)
+    }
+
+    /// The containers' writable layers, for what is measured or looked for in them.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.0.snapshots
+    }
+
+    fn image(&self, name: &str) -> Result<Arc<Image>, PrepareError> {
+        self.find(name).ok_or_else(|| PrepareError::NoImage {
+            image: name.chars().take(300).collect(),
+        })
+    }
+
+    /// Waits until the files of what was removed are gone. Blocking.
+    pub fn finish_removals(&self) {
+        self.0.layers.finish_removals();
+        self.0.snapshots.finish_removals();
     }
 
     fn record_path(&self, id: &Digest) -> PathBuf {
@@ -300,8 +448,14 @@ impl ImageService {
     }
 
     /// Writes `new`, moving its tags here from the images that had them, and lists it.
-    fn commit(&self, mut new: ImageRecord) -> Result<(), RecordError> {
+    fn commit(&self, mut new: ImageRecord, documents: &Documents) -> Result<(), CommitError> {
         let _alone = lock(&self.0.changes);
+        for (digest, bytes) in documents {
+            // Collected since, as nothing named them yet.
+            if !self.0.content.has(digest) {
+                self.0.content.put(digest, bytes)?;
+            }
+        }
         let images = self.0.images.load_full();
         if let Some((old, _)) = images.by_id.get(&new.id.to_string()) {
             new.repo_tags.extend(old.repo_tags.iter().cloned());
@@ -333,37 +487,6 @@ impl ImageService {
         self.0.images.store(Arc::new(images.with(&changes)));
         crash::point("pull_image.after_record");
         Ok(())
-    }
-
-    fn lease(&self, needs: BTreeSet<Digest>) -> Lease {
-        let mut leases = lock(&self.0.leases);
-        for digest in &needs {
-            *leases.entry(digest.clone()).or_default() += 1;
-        }
-        Lease {
-            service: self.clone(),
-            needs,
-        }
-    }
-}
-
-/// What must not be collected while this lives.
-struct Lease {
-    service: ImageService,
-    needs: BTreeSet<Digest>,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut leases = lock(&self.service.0.leases);
-        for digest in &self.needs {
-            if let Some(count) = leases.get_mut(digest) {
-                *count -= 1;
-                if *count == 0 {
-                    leases.remove(digest);
-                }
-            }
-        }
     }
 }
 
@@ -398,28 +521,28 @@ impl Flight {
             reference,
             registry: Arc::new(registry),
             content: Arc::clone(&service.content),
-            layers: Arc::clone(&service.layers),
+            layers: service.layers.clone(),
             machine: service.machine.clone(),
             max_layer_downloads: service.settings.max_layer_downloads,
+            max_layer_bytes: service.settings.max_layer_bytes,
             progress: self.progress.clone(),
         });
         let described = job.describe().await?;
-        let lease = self.service.lease(described.needs());
-        let record = job.fetch(described).await?;
-        let image_id = record.id.to_string();
+        let fetched = job.fetch(described).await?;
+        let image_id = fetched.record.id.to_string();
         self.progress.enter(Stage::Record);
         let service = self.service.clone();
+        // The layers' lease ends with `fetched`, after the record names them.
         let committed = tokio::task::spawn_blocking(move || {
-            let committed = service.commit(record);
-            drop(lease);
-            committed
+            let documents = &fetched.documents;
+            service.commit(fetched.record.clone(), documents)
         });
         committed
             .await
             .map_err(|_| PullError::Aborted {
                 image: image.clone(),
             })?
-            .map_err(|source| PullError::Record { image, source })?;
+            .map_err(|error| error.of(image))?;
         Ok(Pulled {
             image_id,
             bytes: self.progress.bytes(),
@@ -427,7 +550,11 @@ impl Flight {
     }
 }
 
-fn load(dir: &Path, layers: &layer::Store) -> Result<Images, OpenError> {
+fn warn(error: &(dyn StdError + 'static), what: &'static str) {
+    tracing::warn!(error, what);
+}
+
+fn load(dir: &Path, layers: &Store) -> Result<Images, OpenError> {
     let io = |action| {
         move |source| OpenError::Io {
             action,
@@ -457,7 +584,7 @@ fn load(dir: &Path, layers: &layer::Store) -> Result<Images, OpenError> {
                 continue;
             }
         };
-        let missing = record.config.diff_ids.iter().find(|id| !layers.has(id));
+        let missing = record.layers.iter().find(|id| !layers.has(id));
         if record.id.hex() != hex || missing.is_some() {
             tracing::warn!(
                 image = %record.id,
