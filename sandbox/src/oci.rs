@@ -56,6 +56,12 @@ pub enum OciError {
         /// As given.
         name: String,
     },
+    /// More than can be handed to the monitor.
+    #[error("{count} mounts are more than a container can have ({})", mounts::MOST)]
+    TooManyMounts {
+        /// How many were asked for.
+        count: usize,
+    },
     /// A mount point that cannot be one.
     #[error("nothing can be mounted at {target:?}: {why}")]
     BadTarget {

@@ -5,6 +5,7 @@ use crate::cgroup::{DeviceKind, DeviceRule};
 use crate::container_spec::{ContainerSpec, DeviceRequest};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use rustix::fs::{major, minor};
+use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -31,15 +32,19 @@ const ALWAYS: [(&str, i64, i64); 6] = [
 /// Parts of the host's /dev that a container has its own of.
 const OWN: [&str; 5] = ["pts", "shm", "mqueue", "fd", "console"];
 
-/// The nodes, each path once, and the cgroup's rules in order.
+/// The nodes by path, each once, and the cgroup's rules in order.
 pub(super) fn build(
     container: &ContainerSpec,
 ) -> Result<(Vec<LinuxDevice>, Vec<DeviceRule>), OciError> {
-    let mut nodes: Vec<LinuxDevice> = ALWAYS.iter().map(always).collect();
+    let mut nodes = BTreeMap::new();
+    let mut put = |device: LinuxDevice| nodes.insert(device.path().clone(), device);
+    for device in &ALWAYS {
+        put(always(device));
+    }
     let mut rules = DeviceRule::defaults();
     if container.security.privileged {
         for device in below(Path::new("/dev"), Path::new("/dev"))? {
-            put(&mut nodes, device);
+            put(device);
         }
         rules = vec![DeviceRule::everything()];
     }
@@ -49,17 +54,10 @@ pub(super) fn build(
             if !container.security.privileged {
                 rules.push(rule(&device, access));
             }
-            put(&mut nodes, device);
+            put(device);
         }
     }
-    Ok((nodes, rules))
-}
-
-fn put(nodes: &mut Vec<LinuxDevice>, device: LinuxDevice) {
-    match nodes.iter_mut().find(|known| known.path() == device.path()) {
-        Some(known) => *known = device,
-        None => nodes.push(device),
-    }
+    Ok((nodes.into_values().collect(), rules))
 }
 
 fn always(&(path, major, minor): &(&str, i64, i64)) -> LinuxDevice {

@@ -6,6 +6,10 @@ use crate::pod_spec::UserNamespace;
 use oci_spec::runtime::Mount;
 use std::path::{Component, Path, PathBuf};
 
+/// Most mounts a container may ask for: each takes a descriptor when it starts,
+/// of which one message carries 250; the rest is for what every container has.
+pub(super) const MOST: usize = 224;
+
 /// The group of terminals. Source: what the peers and devpts users agree on.
 const TTY_GROUP: u32 = 5;
 
@@ -32,6 +36,11 @@ const GUARDED: [&str; 3] = ["nosuid", "noexec", "nodev"];
 
 /// Everything that is mounted, in order.
 pub(super) fn build(input: &Input<'_>) -> Result<Vec<Mount>, OciError> {
+    if input.container.mounts.len() > MOST {
+        return Err(OciError::TooManyMounts {
+            count: input.container.mounts.len(),
+        });
+    }
     let mut asked: Vec<(PathBuf, Mount)> = Vec::new();
     for request in &input.container.mounts {
         let target = target(&request.container_path)?;

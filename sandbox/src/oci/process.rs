@@ -5,7 +5,7 @@ use crate::capability::{self, CapSet};
 use crate::container_spec::{AppArmorProfile, EnvVar, SelinuxLabel};
 use crate::image::ImageConfig;
 use oci_spec::runtime::{self as oci, Capability};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
@@ -118,30 +118,29 @@ fn cwd(asked: &str, image: &str) -> Result<PathBuf, OciError> {
     Ok(Path::new("/").join(path))
 }
 
-/// NAME=value by name: one that comes later takes the place of the earlier one.
+/// NAME=value in order; one that comes later takes the place of the earlier
+/// one of that name. Indexed: a pod in a large namespace has a variable for
+/// every port of thousands of services.
 #[derive(Default)]
-struct Env(Vec<Vec<u8>>);
+struct Env {
+    entries: Vec<Vec<u8>>,
+    by_name: HashMap<String, usize>,
+}
 
 impl Env {
-    fn position(&self, name: &str) -> Option<usize> {
-        let is = |entry: &Vec<u8>| {
-            entry
-                .strip_prefix(name.as_bytes())
-                .is_some_and(|rest| rest.starts_with(b"="))
-        };
-        self.0.iter().position(is)
-    }
-
     fn set(&mut self, name: &str, value: &[u8]) {
         let entry = [name.as_bytes(), b"=", value].concat();
-        match self.position(name) {
-            Some(at) => self.0[at] = entry,
-            None => self.0.push(entry),
+        match self.by_name.get(name) {
+            Some(at) => self.entries[*at] = entry,
+            None => {
+                self.by_name.insert(name.to_owned(), self.entries.len());
+                self.entries.push(entry);
+            }
         }
     }
 
     fn set_if_absent(&mut self, name: &str, value: &[u8]) {
-        if self.position(name).is_none() {
+        if !self.by_name.contains_key(name) {
             self.set(name, value);
         }
     }
@@ -170,11 +169,11 @@ fn env(input: &Input<'_>) -> Result<Vec<Vec<u8>>, OciError> {
         env.set(name, value);
     }
     env.set_if_absent("HOME", input.identity.home.as_bytes());
-    for entry in &env.0 {
+    for entry in &env.entries {
         let name = || String::from_utf8_lossy(entry.split(|b| *b == b'=').next().unwrap_or(b""));
         no_nul(entry, || format!("the environment variable {:?}", name()))?;
     }
-    Ok(env.0)
+    Ok(env.entries)
 }
 
 fn capabilities(input: &Input<'_>) -> Result<(oci::LinuxCapabilities, CapSet), OciError> {

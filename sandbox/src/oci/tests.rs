@@ -370,6 +370,16 @@ fn parents_are_mounted_before_children_and_the_last_of_equals_wins() {
 }
 
 #[test]
+fn more_mounts_than_can_be_handed_over_are_refused_at_once() {
+    let mut sample = Sample::new();
+    sample.container.mounts = (0..300).map(|n| bind("/a", &format!("/m/{n}"))).collect();
+    assert!(matches!(
+        sample.build(),
+        Err(OciError::TooManyMounts { count: 300 })
+    ));
+}
+
+#[test]
 fn what_a_mount_covers_is_not_mounted() {
     let mut sample = Sample::new();
     sample.container.mounts = vec![bind("/dev", "/dev"), bind("/sys", "/sys")];
