@@ -264,6 +264,16 @@ impl RegistryError {
         }
     }
 
+    /// True when it is worth asking the same host again at once: not after a timeout, which
+    /// was patient enough.
+    fn passes_soon(&self) -> bool {
+        match self {
+            RegistryError::Unreachable { source, .. } => !source.is_timeout(),
+            RegistryError::Stalled { .. } => false,
+            error => error.is_transient(),
+        }
+    }
+
     fn transport(place: Place, error: reqwest::Error) -> RegistryError {
         let source = error.without_url();
         if source.is_timeout() {
@@ -523,6 +533,7 @@ impl Registry {
             seen: 0,
             to_skip: 0,
             resumes: 0,
+            stalled: false,
             response: None,
         };
         blob.connect().await?;
@@ -542,7 +553,7 @@ impl Registry {
                 RegistryError::TooManyRequests { retry_after, .. } => retry_after.unwrap_or(pause),
                 _ => pause,
             };
-            if !error.is_transient() || attempt == ATTEMPTS || wait > MAX_RETRY_AFTER {
+            if !error.passes_soon() || attempt == ATTEMPTS || wait > MAX_RETRY_AFTER {
                 return Err(error);
             }
             tracing::debug!(error = &error as &dyn StdError, attempt, "will ask again");
@@ -833,6 +844,8 @@ pub struct Blob {
     seen: u64,
     to_skip: u64,
     resumes: u32,
+    /// Silence is waited for once more, not as often as a cut is mended.
+    stalled: bool,
     response: Option<Response>,
 }
 
@@ -893,7 +906,9 @@ impl Blob {
                 }
                 Err(error) => {
                     let error = RegistryError::transport(Place::of(response.url()), error);
-                    if self.resumes == MAX_RESUMES || self.seen >= self.size {
+                    let stalled = matches!(error, RegistryError::Stalled { .. });
+                    let over = self.resumes == MAX_RESUMES || self.seen >= self.size;
+                    if over || (stalled && std::mem::replace(&mut self.stalled, true)) {
                         return Err(error);
                     }
                     self.resumes += 1;

@@ -143,9 +143,9 @@ async fn a_registry_that_falls_silent_is_given_up() {
     let begun = Instant::now();
     let said = node.refused(&server.reference()).await;
     assert!(said.contains("no answer in time"), "{said}");
-    // Two seconds, and as much for each time it was continued.
+    // Two seconds, and as many when it was continued.
     assert!(
-        begun.elapsed() < Duration::from_secs(18),
+        begun.elapsed() < Duration::from_secs(8),
         "{:?}",
         begun.elapsed()
     );
@@ -285,7 +285,6 @@ async fn a_401_for_every_request_ends_soon() {
         "Bearer realm=\"ftp://x/\"",
         "Bearer realm=\"\"",
         "Digest realm=\"x\"",
-        "\u{1}",
     ] {
         let tokens = Server::start(|_| Reply::ok("{\"token\": \"t\"}"));
         let challenge = challenge.replace("TOKENS", &tokens.name());
