@@ -110,12 +110,15 @@ impl Node {
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).expect("chmod");
         let footprint = Footprint {
             root: root.clone(),
-            cgroup: name.replace('-', "_"),
+            cgroup: cgroup_of(&name),
         };
         fs::create_dir_all(root.join("etc")).expect("cannot make the node's etc");
         fs::write(
             root.join("etc/config.toml"),
-            format!("{config}\n[cgroup]\nparent = \"/{}\"\n", footprint.cgroup),
+            format!(
+                "{config}\n[cgroup]\nparent = \"{}\"\n",
+                cgroup_parent(&footprint.cgroup)
+            ),
         )
         .expect("cannot write config.toml");
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -419,6 +422,18 @@ impl Node {
             .images
     }
 
+    /// What the images take on disk.
+    pub fn image_fs(&self) -> cri::FilesystemUsage {
+        let request = cri::ImageFsInfoRequest::default();
+        let info = self
+            .wait(self.images().image_fs_info(request))
+            .expect("ImageFsInfo");
+        info.image_filesystems
+            .into_iter()
+            .next()
+            .expect("an image file system")
+    }
+
     pub fn remove_image(&self, reference: &str) -> Result<(), Status> {
         let request = cri::RemoveImageRequest {
             image: Some(spec(reference)),
@@ -605,6 +620,35 @@ pub fn spec(reference: &str) -> ImageSpec {
 
 const PREFIX: &str = "berth-test-";
 
+/// The name of a node's cgroup. Without dashes, which nest a slice; and a slice
+/// where systemd rules cgroup v2, as Berth's "auto" driver finds it.
+fn cgroup_of(name: &str) -> String {
+    let plain = name.replace('-', "_");
+    if systemd_rules_cgroups() {
+        format!("{plain}.slice")
+    } else {
+        plain
+    }
+}
+
+fn cgroup_parent(cgroup: &str) -> String {
+    if systemd_rules_cgroups() {
+        cgroup.to_owned()
+    } else {
+        format!("/{cgroup}")
+    }
+}
+
+/// cgroup v2 alone, and systemd as PID 1.
+pub fn systemd_rules_cgroups() -> bool {
+    is_cgroup_v2() && Path::new("/run/systemd/system").exists()
+}
+
+/// Whether the machine has the unified hierarchy with every controller.
+pub fn is_cgroup_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
 /// Below it every node has its root. Not in root's home, which is closed to the
 /// users of a user namespace.
 fn temp() -> PathBuf {
@@ -624,7 +668,7 @@ fn erase_remains_of_the_dead() {
         if !Path::new("/proc").join(pid.to_string()).exists() {
             Footprint {
                 root: entry.path(),
-                cgroup: name.replace('-', "_"),
+                cgroup: cgroup_of(&name),
             }
             .erase();
         }

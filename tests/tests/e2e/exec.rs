@@ -1,0 +1,175 @@
+//! ExecSync: output, exit codes, deadlines, and what it leaves behind.
+
+use berth_tests::{LinuxConfig, Node, eventually};
+use std::time::{Duration, Instant};
+use tonic::Code;
+
+#[test]
+fn both_outputs_and_the_exit_code_come_back() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let answer = container
+        .try_exec(&["sh", "-c", "echo out; echo err >&2; exit 7"], 10)
+        .unwrap();
+    assert_eq!(answer.stdout, b"out\n");
+    assert_eq!(answer.stderr, b"err\n");
+    assert_eq!(answer.exit_code, 7);
+    let killed = container.try_exec(&["sh", "-c", "kill -9 $$"], 10).unwrap();
+    assert_eq!(killed.exit_code, 137);
+}
+
+#[test]
+fn an_exec_runs_where_the_container_does() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let mut config = pod.container(&["sleep", "1000"]);
+    config.working_dir = "/www".to_owned();
+    config.env("NAME", b"value");
+    let container = pod.start_as(config);
+    assert_eq!(
+        container.exec(&["sh", "-c", "pwd; echo $NAME; hostname"]),
+        "/www\nvalue\nweb\n"
+    );
+    let init = container.init_pid();
+    let cgroup = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| container.try_exec(&["sleep", "3"], 30));
+        let pid = eventually("the exec's process is in the container's cgroup", || {
+            container.pids().into_iter().find(|pid| *pid != init)
+        });
+        assert_eq!(cgroup(pid), cgroup(init));
+        running.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_deadline_that_passes_ends_the_exec_and_says_so() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let before = Instant::now();
+    let err = container.try_exec(&["sleep", "4321"], 1).unwrap_err();
+    assert_eq!(err.code(), Code::DeadlineExceeded, "{err:?}");
+    assert!(before.elapsed() >= Duration::from_millis(950));
+    eventually("the process is gone", || {
+        (!container.exec(&["ps"]).contains("4321")).then_some(())
+    });
+    assert_eq!(container.exec(&["echo", "fine"]), "fine\n");
+}
+
+#[test]
+fn a_deadline_ends_what_the_exec_started_too() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let err = container
+        .try_exec(&["sh", "-c", "sleep 4321 & sleep 4321"], 1)
+        .unwrap_err();
+    assert_eq!(err.code(), Code::DeadlineExceeded, "{err:?}");
+    eventually("its children are gone", || {
+        (!container.exec(&["ps"]).contains("4321")).then_some(())
+    });
+}
+
+#[test]
+fn an_exec_whose_child_keeps_the_pipe_is_answered() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let before = Instant::now();
+    let answer = container
+        .try_exec(&["sh", "-c", "sleep 40 & echo done"], 30)
+        .unwrap();
+    assert_eq!(answer.stdout, b"done\n");
+    assert!(
+        before.elapsed() < Duration::from_secs(25),
+        "{:?}",
+        before.elapsed()
+    );
+}
+
+#[test]
+fn output_beyond_the_limit_is_dropped_and_the_command_is_not_held_up() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let script = "probe spew 20000000; probe spew 20000000 stderr; exit 3";
+    let answer = container.try_exec(&["sh", "-c", script], 60).unwrap();
+    assert_eq!(answer.exit_code, 3);
+    let total = answer.stdout.len() + answer.stderr.len();
+    assert!(total < 16 << 20, "{total}");
+    assert!(answer.stdout.len() > 1 << 20, "{}", answer.stdout.len());
+}
+
+#[test]
+fn a_command_that_is_not_there_is_named() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let err = container.try_exec(&["/no/such/program"], 10).unwrap_err();
+    assert!(err.message().contains("/no/such/program"), "{err}");
+}
+
+#[test]
+fn an_empty_command_is_refused() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    assert_eq!(
+        container.try_exec(&[], 10).unwrap_err().code(),
+        Code::InvalidArgument
+    );
+}
+
+#[test]
+fn an_exec_in_what_does_not_run_is_refused() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let created = pod.create(pod.container(&["true"]));
+    let err = created.try_exec(&["true"], 10).unwrap_err();
+    assert_eq!(err.code(), Code::FailedPrecondition, "{err:?}");
+    let exited = pod.start(&["true"]);
+    exited.wait_for_exit();
+    let err = exited.try_exec(&["true"], 10).unwrap_err();
+    assert_eq!(err.code(), Code::FailedPrecondition, "{err:?}");
+    let err = node
+        .container(&"0".repeat(64))
+        .try_exec(&["true"], 10)
+        .unwrap_err();
+    assert_eq!(err.code(), Code::NotFound, "{err:?}");
+}
+
+#[test]
+fn an_exec_without_a_deadline_may_take_its_time() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    let answer = container
+        .try_exec(&["sh", "-c", "sleep 1; echo done"], 0)
+        .unwrap();
+    assert_eq!(answer.stdout, b"done\n");
+}
+
+#[test]
+fn an_exec_ends_when_its_container_does() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| container.try_exec(&["sleep", "1000"], 0));
+        eventually("the exec runs", || {
+            (container.pids().len() >= 2).then_some(())
+        });
+        container.stop(0).unwrap();
+        let answer = running.join().unwrap();
+        assert!(answer.map_or(true, |answer| answer.exit_code == 137));
+    });
+}
+
+#[test]
+fn many_execs_at_once_do_not_mix() {
+    let node = Node::start();
+    let container = node.run_pod("web").start(&["sleep", "1000"]);
+    std::thread::scope(|scope| {
+        for n in 0..16 {
+            let container = &container;
+            scope.spawn(move || {
+                let text = format!("exec {n}");
+                assert_eq!(container.exec(&["echo", &text]), text + "\n");
+            });
+        }
+    });
+    assert_eq!(container.pids().len(), 1);
+}

@@ -1,0 +1,23 @@
+//! The end-to-end suites. One program: they share a fixture, and two of them
+//! must not fight over a machine's two processors.
+#![forbid(unsafe_code)]
+
+mod bad_requests;
+mod cgroups;
+mod configuration;
+mod containers;
+mod crashes;
+mod exec;
+mod hostile_images;
+mod images;
+mod joins;
+mod logs;
+mod metrics;
+mod mounts;
+mod network;
+mod pods;
+mod pulls;
+mod restarts;
+mod runtime_info;
+mod security;
+mod unpacking;
