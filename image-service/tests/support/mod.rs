@@ -50,15 +50,19 @@ pub struct Node {
 impl Node {
     pub fn new() -> Node {
         let dir = tempfile::tempdir().unwrap();
-        let service = ImageService::open(settings(dir.path())).unwrap();
+        let service = Node::open(dir.path());
         Node { service, dir }
+    }
+
+    pub fn open(dir: &Path) -> ImageService {
+        ImageService::open(settings(dir)).unwrap()
     }
 
     /// As after a restart of the daemon.
     pub fn reopened(self) -> Node {
         let Node { service, dir } = self;
         drop(service);
-        let service = ImageService::open(settings(dir.path())).unwrap();
+        let service = Node::open(dir.path());
         Node { service, dir }
     }
 
