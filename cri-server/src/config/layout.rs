@@ -71,7 +71,7 @@ impl Layout {
     }
 
     /// The files to read, in order.
-    pub(super) fn config_files(&self) -> Result<Vec<PathBuf>, ConfigError> {
+    pub fn config_files(&self) -> Result<Vec<PathBuf>, ConfigError> {
         if let Some(file) = &self.file {
             return Ok(vec![file.clone()]);
         }

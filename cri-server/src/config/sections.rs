@@ -147,8 +147,8 @@ sections! {
         /// []: certs.d beside the main configuration file's directory: /etc/berth/certs.d, or
         /// DIR/etc/certs.d with --root DIR.
         certs_d: Vec<PathBuf> = Vec::new();
-        /// Layers downloaded at the same time, over all pulls together. Unit: layers, at least 1.
-        max_parallel_downloads: u32 = 6;
+        /// Layers of one image fetched at the same time. Unit: layers, at least 1.
+        max_parallel_downloads: u32 = 3;
     }
 
     /// The network of pods that do not use the host's.
@@ -159,7 +159,7 @@ sections! {
         /// Name of the built-in network's bridge, at most 15 characters.
         bridge: String = "berth0".to_owned();
         /// Subnets the built-in network gives addresses from, at most one for IPv4 and one for IPv6.
-        subnets: Vec<String> = vec!["10.88.0.0/16".to_owned()];
+        subnets: Vec<String> = vec![berth_netplugin::bridge::DEFAULT_IPV4.to_owned()];
         /// Largest packet on the built-in network. Unit: bytes. 0: that of the default route's link.
         mtu: u32 = 0;
         /// Whether packets that leave the subnet get the host's address.

@@ -4,11 +4,12 @@
 //! a `ContainerSpec` can be carried out or is refused by the kernel, but is never
 //! nonsense. Each refusal names the field by its path in the request.
 
-#[cfg(any())]
+// Older kubelets fill the fields that CRI has deprecated, so they are read.
+#![allow(deprecated)]
+
 pub mod answer;
 pub mod container;
 pub mod field;
-#[cfg(any())]
 pub mod filter;
 pub mod image;
 mod mount;

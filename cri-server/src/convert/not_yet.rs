@@ -3,7 +3,7 @@
 
 use super::NodeFacts;
 use super::field::{Field, Result};
-use berth_sandbox::container_spec::{AppArmorProfile, ContainerSpec, SeccompProfile};
+use berth_sandbox::container_spec::{AppArmorProfile, ContainerSpec};
 use berth_sandbox::pod_spec::{PidMode, PodSpec};
 
 const CONFIG: Field<'static> = Field::root("config");
@@ -55,11 +55,6 @@ pub fn check_container(spec: &ContainerSpec, node: &NodeFacts) -> Result<()> {
                 .unsupported("AppArmor profiles are not supported yet"));
         }
         (AppArmorProfile::RuntimeDefault | AppArmorProfile::Unconfined, _) => {}
-    }
-    if let SeccompProfile::Localhost(_) = security.seccomp {
-        return Err(context
-            .at("seccomp")
-            .unsupported("Localhost seccomp profiles are not supported yet"));
     }
     let mounts = CONFIG.at("mounts");
     for (i, mount) in spec.mounts.iter().enumerate() {

@@ -868,11 +868,13 @@ fn seccomp_profiles_in_both_their_forms() {
     );
 
     let context = "config.linux.security_context";
-    unsupported(
-        new(ProfileType::Localhost, "/var/lib/kubelet/seccomp/p.json"),
-        &format!("{context}.seccomp"),
-    );
-    unsupported(old("localhost//etc/p.json"), &format!("{context}.seccomp"));
+    for given in [
+        new(ProfileType::Localhost, "/etc/p.json"),
+        new(ProfileType::Localhost, "localhost//etc/p.json"),
+        old("localhost//etc/p.json"),
+    ] {
+        assert_eq!(of(given), SeccompProfile::Localhost("/etc/p.json".into()));
+    }
     invalid(
         new(ProfileType::Localhost, "p.json"),
         &format!("{context}.seccomp"),

@@ -1,0 +1,70 @@
+//! What `berth status` asks, on the same socket as CRI.
+
+use crate::daemon::Daemon;
+use crate::rpc::to_the_end;
+use berth_proto::admin_v1 as admin;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tonic::{Request, Response, Status, async_trait};
+
+/// The service on the socket.
+pub struct Admin {
+    daemon: Arc<Daemon>,
+}
+
+impl Admin {
+    /// The service of this daemon.
+    pub fn new(daemon: Arc<Daemon>) -> Self {
+        Self { daemon }
+    }
+}
+
+fn nanoseconds(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+#[async_trait]
+impl admin::admin_server::Admin for Admin {
+    async fn operations(
+        &self,
+        _request: Request<admin::OperationsRequest>,
+    ) -> Result<Response<admin::OperationsResponse>, Status> {
+        let daemon = self.daemon.clone();
+        let work = async move {
+            let operation = |info: berth_sandbox::operation::OperationInfo| admin::Operation {
+                kind: info.kind.to_owned(),
+                subject: info.subject,
+                stage: info.stage.to_owned(),
+                started_at: nanoseconds(info.started_at),
+                stage_started_at: nanoseconds(info.stage_started_at),
+                callers: info.callers,
+            };
+            let mut operations: Vec<_> = daemon
+                .sandboxes
+                .operations()
+                .into_iter()
+                .map(operation)
+                .collect();
+            operations.extend(daemon.images.pulls());
+            operations.sort_by_key(|operation| operation.started_at);
+            let pending = |info: berth_sandbox::service::PendingInfo| admin::Pending {
+                subject: info.subject,
+                what: info.what.to_owned(),
+                last_error: info.last_error,
+                attempts: info.attempts,
+            };
+            let pending = daemon
+                .sandboxes
+                .pending()
+                .into_iter()
+                .map(pending)
+                .collect();
+            Ok(admin::OperationsResponse {
+                operations,
+                pending,
+            })
+        };
+        to_the_end(&self.daemon.metrics, "Operations", work).await
+    }
+}

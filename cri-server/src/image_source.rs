@@ -1,0 +1,243 @@
+//! The image service as the rest of the daemon uses it: running pulls for
+//! `berth status`, and images in `sandbox`'s terms.
+
+use berth_image_service::auth::Credentials;
+use berth_image_service::image::Image;
+use berth_image_service::progress::Progress;
+use berth_image_service::pull::PullError;
+use berth_image_service::service::{ImageService, Pulled};
+use berth_image_service::usage::FsUsage;
+use berth_proto::admin_v1 as admin;
+use berth_sandbox::ContainerId;
+use berth_sandbox::image::{ContainerImage, ImageConfig};
+use berth_sandbox::service::{ImageError, Images};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How long a measurement of the writable layers counts: the kubelet asks every
+/// ten seconds at the most often. Source: evictionMonitoringPeriod, kubelet.
+const MEASURED_FOR: Duration = Duration::from_secs(10);
+
+/// One pull of a reference, however many wait for it.
+struct Running {
+    started_at: SystemTime,
+    callers: u32,
+    progress: Progress,
+}
+
+/// The image service and what it is doing. Cheap to clone.
+#[derive(Clone)]
+pub struct ImageSource {
+    service: ImageService,
+    running: Arc<Mutex<BTreeMap<String, Running>>>,
+    measured: Arc<Mutex<Option<(Instant, FsUsage)>>>,
+}
+
+/// Takes a caller off the list, also when its task is dropped.
+struct Waiting<'a> {
+    source: &'a ImageSource,
+    reference: &'a str,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut running = self.source.lock();
+        if let Some(pull) = running.get_mut(self.reference) {
+            pull.callers -= 1;
+            if pull.callers == 0 {
+                running.remove(self.reference);
+            }
+        }
+    }
+}
+
+impl ImageSource {
+    /// Wraps the service.
+    pub fn new(service: ImageService) -> Self {
+        Self {
+            service,
+            running: Arc::default(),
+            measured: Arc::default(),
+        }
+    }
+
+    /// The service itself.
+    pub fn service(&self) -> &ImageService {
+        &self.service
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pulls, and whether this caller was the first to ask for it.
+    ///
+    /// # Errors
+    /// Those of the service.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        credentials: Option<Credentials>,
+    ) -> Result<(Pulled, bool), Arc<PullError>> {
+        let progress = Progress::new();
+        let first = {
+            let mut running = self.lock();
+            let pull = running
+                .entry(reference.to_owned())
+                .or_insert_with(|| Running {
+                    started_at: SystemTime::now(),
+                    callers: 0,
+                    progress: progress.clone(),
+                });
+            pull.callers += 1;
+            pull.callers == 1
+        };
+        let _waiting = Waiting {
+            source: self,
+            reference,
+        };
+        let pulled = self.service.pull(reference, credentials, &progress).await?;
+        Ok((pulled, first))
+    }
+
+    /// The pulls that run now.
+    pub fn pulls(&self) -> Vec<admin::Operation> {
+        let now = |time: SystemTime| {
+            let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+            i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+        };
+        let operation = |(reference, pull): (&String, &Running)| {
+            let progress = &pull.progress;
+            let stage = match progress.bytes_total() {
+                0 => progress.stage().name().to_owned(),
+                total => format!(
+                    "{} ({}/{} layers, {}/{} MiB)",
+                    progress.stage().name(),
+                    progress.layers(),
+                    progress.layers_total(),
+                    progress.bytes() >> 20,
+                    total >> 20,
+                ),
+            };
+            admin::Operation {
+                kind: "PullImage".to_owned(),
+                subject: reference.clone(),
+                stage,
+                started_at: now(pull.started_at),
+                // A pull does not say when its stage began.
+                stage_started_at: 0,
+                callers: pull.callers,
+            }
+        };
+        self.lock().iter().map(operation).collect()
+    }
+
+    /// The image `name` means, as a container keeps it.
+    pub fn container_image(&self, name: &str) -> Option<ContainerImage> {
+        self.service
+            .find(name)
+            .map(|image| container_image(&image, name))
+    }
+}
+
+/// `asked` picks among the names of an image that has several.
+fn container_image(image: &Image, asked: &str) -> ContainerImage {
+    let repository = asked.split(['@']).next().unwrap_or_default();
+    let repository = match repository.rsplit_once(':') {
+        Some((before, tag)) if !tag.contains('/') => before,
+        _ => repository,
+    };
+    let same = image.repo_digests.iter().find(|digest| {
+        digest
+            .split('@')
+            .next()
+            .is_some_and(|name| name == repository || name.ends_with(&format!("/{repository}")))
+    });
+    let config = &image.config;
+    ContainerImage {
+        id: image.id.clone(),
+        repo_digest: same
+            .or(image.repo_digests.first())
+            .cloned()
+            .unwrap_or_else(|| image.id.clone()),
+        config: ImageConfig {
+            entrypoint: config.entrypoint.clone(),
+            cmd: config.cmd.clone(),
+            env: config.env.clone(),
+            user: config.user.clone(),
+            working_dir: config.working_dir.clone(),
+            stop_signal: Some(config.stop_signal.clone()).filter(|signal| !signal.is_empty()),
+            volumes: config.volumes.iter().cloned().collect(),
+            labels: config.labels.clone(),
+        },
+    }
+}
+
+impl ImageSource {
+    /// What images take of the disk, and what containers' writable layers do. Blocking.
+    pub fn usage(&self) -> (FsUsage, FsUsage) {
+        (self.service.fs_usage(), self.writable_usage())
+    }
+
+    /// Walks the writable layers, but not again for as long as the kubelet's own pace allows.
+    fn writable_usage(&self) -> FsUsage {
+        let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, usage)) = &*measured
+            && at.elapsed() < MEASURED_FOR
+        {
+            return usage.clone();
+        }
+        let snapshots = self.service.snapshots();
+        let mut usage = FsUsage {
+            mountpoint: snapshots.dir().to_owned(),
+            used_bytes: 0,
+            inodes: 0,
+        };
+        for container in snapshots.list().unwrap_or_default() {
+            // One that is removed meanwhile takes nothing any more.
+            if let Ok(sums) = snapshots.usage(&container) {
+                usage.used_bytes += sums.bytes;
+                usage.inodes += sums.inodes;
+            }
+        }
+        *measured = Some((Instant::now(), usage.clone()));
+        usage
+    }
+}
+
+impl Images for ImageSource {
+    fn prepare(&self, container: &ContainerId, image_id: &str) -> Result<(), ImageError> {
+        Ok(self.service.prepare(container.as_str(), image_id)?)
+    }
+
+    fn mount(&self, container: &ContainerId) -> Result<OwnedFd, ImageError> {
+        Ok(self.service.mount_rootfs(container.as_str())?)
+    }
+
+    fn read_file(
+        &self,
+        image_id: &str,
+        path: &str,
+        max_bytes: usize,
+    ) -> Result<Option<Vec<u8>>, ImageError> {
+        Ok(self
+            .service
+            .read_file_in_image(image_id, path, max_bytes as u64)?)
+    }
+
+    fn remove(&self, container: &ContainerId) -> Result<(), ImageError> {
+        Ok(self.service.remove_container(container.as_str())?)
+    }
+
+    fn prepared(&self) -> Vec<String> {
+        self.service.snapshots().list().unwrap_or_else(|error| {
+            tracing::warn!(
+                error = crate::rpc::chain(&error),
+                "the writable layers cannot be listed"
+            );
+            Vec::new()
+        })
+    }
+}

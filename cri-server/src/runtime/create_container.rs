@@ -1,0 +1,39 @@
+//! CreateContainer: everything of a container but its first process.
+
+use super::find;
+use crate::convert::{self, Field, image};
+use crate::daemon::Daemon;
+use crate::rpc;
+use berth_proto::runtime_v1 as cri;
+use std::sync::Arc;
+use tonic::Status;
+
+/// A repeated call for the same name and attempt joins the running one, or gives
+/// the container that is there; the first call's configuration counts.
+pub async fn create_container(
+    daemon: Arc<Daemon>,
+    request: cri::CreateContainerRequest,
+) -> Result<cri::CreateContainerResponse, Status> {
+    let pod = find::pod_record(&daemon.sandboxes.view(), &request.pod_sandbox_id)?;
+    let spec = convert::container_spec(request.config.as_ref(), &pod.spec, &daemon.facts)?;
+    let given = request
+        .config
+        .as_ref()
+        .and_then(|config| config.image.as_ref());
+    let config = Field::root("config");
+    let name = image::name(&config.at("image"), given)?;
+    let image = daemon.images.container_image(name).ok_or_else(|| {
+        Status::not_found(format!(
+            "image {} is not on this node",
+            convert::field::Quoted(name)
+        ))
+    })?;
+    let id = daemon
+        .sandboxes
+        .create_container(pod.id.as_str(), spec, image)
+        .await
+        .map_err(|error| rpc::status(&error))?;
+    Ok(cri::CreateContainerResponse {
+        container_id: id.to_string(),
+    })
+}

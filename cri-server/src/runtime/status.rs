@@ -1,0 +1,82 @@
+//! Status: whether pods can run here, and what the handlers can do.
+
+use crate::convert::pod::HANDLERS;
+use crate::daemon::Daemon;
+use berth_proto::runtime_v1 as cri;
+use serde_json::json;
+use std::collections::HashMap;
+use std::sync::Arc;
+use tonic::Status;
+
+/// RuntimeReady is true whenever there is an answer; NetworkReady is what the
+/// network says at this moment.
+pub async fn status(
+    daemon: Arc<Daemon>,
+    request: cri::StatusRequest,
+) -> Result<cri::StatusResponse, Status> {
+    let asked = daemon.clone();
+    let network = tokio::task::spawn_blocking(move || asked.network.status())
+        .await
+        .map_err(|_| Status::internal("asking for the network's status broke off"))?;
+    let condition = |kind: &str, status, reason: &str, message: &str| cri::RuntimeCondition {
+        r#type: kind.to_owned(),
+        status,
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+    };
+    let conditions = vec![
+        condition("RuntimeReady", true, "", ""),
+        condition(
+            "NetworkReady",
+            network.ready,
+            &network.reason,
+            &network.message,
+        ),
+    ];
+    let handler = |name: &&str| cri::RuntimeHandler {
+        name: (*name).to_owned(),
+        features: Some(cri::RuntimeHandlerFeatures {
+            recursive_read_only_mounts: false,
+            user_namespaces: false,
+        }),
+    };
+    Ok(cri::StatusResponse {
+        status: Some(cri::RuntimeStatus { conditions }),
+        info: if request.verbose {
+            info(&daemon)
+        } else {
+            HashMap::new()
+        },
+        runtime_handlers: HANDLERS.iter().map(handler).collect(),
+        features: Some(cri::RuntimeFeatures {
+            supplemental_groups_policy: true,
+            user_namespaces_host_network: false,
+            mount_options: false,
+        }),
+    })
+}
+
+/// What `crictl info` prints.
+fn info(daemon: &Daemon) -> HashMap<String, String> {
+    let cgroups = daemon.sandboxes.cgroups();
+    let mut config = daemon.config.to_json();
+    // Where things really are; "stateDir" is the name critest looks for.
+    config["stateDir"] = json!(daemon.places.run);
+    config["rootDir"] = json!(daemon.places.lib);
+    config["socketPath"] = json!(daemon.places.socket);
+    config["certsDirs"] = json!(daemon.places.certs_d);
+    config["cniConfDir"] = json!(daemon.places.cni_conf_dir);
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let versions = json!({
+        "berth": env!("CARGO_PKG_VERSION"),
+        "cri": "v1",
+        "kernel": kernel.trim(),
+        "cgroup": format!("{:?}", cgroups.version()),
+        "cgroupDriver": format!("{:?}", cgroups.driver()),
+    });
+    HashMap::from([
+        ("config".to_owned(), config.to_string()),
+        ("versions".to_owned(), versions.to_string()),
+        ("podCIDR".to_owned(), daemon.pod_cidr()),
+    ])
+}

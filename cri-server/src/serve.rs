@@ -1,0 +1,312 @@
+//! `berth serve`: the parts are put together, served, and taken apart again.
+//! Containers are no part of it: they stay when the daemon goes.
+
+use crate::admin::Admin;
+use crate::config::{self, Config, ConfigError, Layout, Overrides, Places};
+use crate::convert::NodeFacts;
+use crate::daemon::Daemon;
+use crate::image_source::ImageSource;
+use crate::images::Images;
+use crate::metrics::Metrics;
+use crate::rpc::MESSAGE_BYTES;
+use crate::runtime::Runtime;
+use crate::{logging, metrics_http, socket};
+use berth_image_service::service as image_service;
+use berth_netplugin::{bridge, network};
+use berth_proto::admin_v1::admin_server::AdminServer;
+use berth_proto::runtime_v1::image_service_server::ImageServiceServer;
+use berth_proto::runtime_v1::runtime_service_server::RuntimeServiceServer;
+use berth_sandbox::container_spec::SeccompProfile;
+use berth_sandbox::service::{Sandboxes, Settings};
+use berth_sandbox::{cgroup, oci};
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+
+/// How long RPCs that run may still take once the daemon is told to stop. What
+/// takes longer is found again by the next daemon: operations are resumable.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long one CNI plugin may take. Source: the kubelet gives RunPodSandbox four
+/// minutes; a retry must have room within that.
+const PLUGIN_DEADLINE: Duration = Duration::from_secs(100);
+
+/// Threads that do kernel and disk work; each waits for one thing at a time.
+const BLOCKING_THREADS: usize = 128;
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("berth serve needs root: it makes namespaces, mounts and cgroups")]
+    NotRoot,
+    #[error("the configuration cannot be used")]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Socket(#[from] socket::SocketError),
+    #[error("berth-monitor is neither beside this program nor in PATH; set monitor.path")]
+    NoMonitor,
+    #[error("cannot use the cgroups of this host")]
+    Cgroups(#[source] cgroup::Error),
+    #[error("cannot open the pod network")]
+    Network(#[source] Box<network::NetworkError>),
+    #[error("cannot open the images")]
+    Images(#[source] image_service::OpenError),
+    #[error("cannot take over the pods")]
+    Sandboxes(#[source] berth_sandbox::error::SandboxError),
+    #[error("cannot listen on {address} for metrics")]
+    Metrics {
+        address: String,
+        source: std::io::Error,
+    },
+    #[error("cannot {what}")]
+    Start {
+        what: &'static str,
+        source: Box<dyn Error + Send + Sync>,
+    },
+}
+
+fn start<E: Into<Box<dyn Error + Send + Sync>>>(
+    what: &'static str,
+) -> impl FnOnce(E) -> ServeError {
+    move |source| ServeError::Start {
+        what,
+        source: source.into(),
+    }
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps it from starting; nothing is left running then.
+pub fn serve(overrides: &Overrides) -> Result<(), ServeError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(ServeError::NotRoot);
+    }
+    let layout = Layout::find(overrides)?;
+    let config = Config::load(&layout)?;
+    let log = logging::init(config.log.level, config.log.format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("berth")
+        .build()
+        .map_err(start("start threads"))?;
+    let outcome = runtime.block_on(run(layout, config, log));
+    // Blocking work that hangs (a dead disk) must not keep the process.
+    runtime.shutdown_timeout(GRACE);
+    outcome
+}
+
+async fn run(layout: Layout, config: Config, log: logging::Handle) -> Result<(), ServeError> {
+    let places = layout.places(&config);
+    for dir in [&places.lib, &places.run] {
+        socket::make_dir(dir)?;
+    }
+    // Both: two roots may share one of them by mistake.
+    let _lib = socket::lock(&places.lib)?;
+    let _run = if places.run == places.lib {
+        None
+    } else {
+        Some(socket::lock(&places.run)?)
+    };
+    // Signals from here on are ours: one that comes during recovery is not lost.
+    let mut terminate = signal(SignalKind::terminate()).map_err(start("hear SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(start("hear SIGINT"))?;
+    let hangup = signal(SignalKind::hangup()).map_err(start("hear SIGHUP"))?;
+
+    let metrics_listener = match config.metrics.address.as_str() {
+        "" => None,
+        address => {
+            Some(
+                metrics_http::bind(address)
+                    .await
+                    .map_err(|source| ServeError::Metrics {
+                        address: address.to_owned(),
+                        source,
+                    })?,
+            )
+        }
+    };
+    let mode = config.grpc.socket_mode.0;
+    let daemon = Arc::new(open(config, places).await?);
+    let listener = socket::listen(&daemon.places.socket, mode)?;
+
+    tokio::spawn(reload(hangup, layout, log));
+    if let Some(listener) = metrics_listener {
+        tokio::spawn(metrics_http::serve(listener, daemon.clone()));
+    }
+    macro_rules! bounded {
+        ($server:ident, $service:expr) => {
+            $server::new($service)
+                .max_decoding_message_size(MESSAGE_BYTES)
+                .max_encoding_message_size(MESSAGE_BYTES)
+        };
+    }
+    let (stop, mut stopped) = tokio::sync::watch::channel(false);
+    let serving = tonic::transport::Server::builder()
+        .add_service(bounded!(RuntimeServiceServer, Runtime::new(daemon.clone())))
+        .add_service(bounded!(ImageServiceServer, Images::new(daemon.clone())))
+        .add_service(bounded!(AdminServer, Admin::new(daemon.clone())))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            // The sender lives until after the server has ended.
+            let _ = stopped.wait_for(|stop| *stop).await;
+        });
+    let mut serving = tokio::spawn(serving);
+
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %daemon.places.socket.display(),
+        state = %daemon.places.lib.display(),
+        "serving"
+    );
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "cannot tell systemd that the daemon is ready");
+    }
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping, containers stay"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping, containers stay"),
+        ended = &mut serving => {
+            return match ended {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(start("serve")(error)),
+                Err(panic) => Err(start("serve")(panic)),
+            };
+        }
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.send_replace(true);
+    if tokio::time::timeout(GRACE, serving).await.is_err() {
+        tracing::warn!(
+            seconds = GRACE.as_secs(),
+            "calls are still running; the next start finishes or undoes them"
+        );
+    }
+    // Gone before the locks: who comes next finds the place free.
+    let _ = std::fs::remove_file(&daemon.places.socket);
+    Ok(())
+}
+
+/// Opens everything; recovery of what an earlier daemon left is part of it.
+async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
+    let metrics = Metrics::new().map_err(start("make the metrics"))?;
+    let facts = NodeFacts::detect(match config.runtime.unset_seccomp {
+        config::UnsetSeccomp::Unconfined => SeccompProfile::Unconfined,
+        config::UnsetSeccomp::RuntimeDefault => SeccompProfile::RuntimeDefault,
+    });
+    let cgroups = cgroup::Cgroups::detect(cgroup::Settings {
+        driver: match config.cgroup.driver {
+            config::CgroupDriver::Auto => cgroup::DriverChoice::Auto,
+            config::CgroupDriver::Cgroupfs => cgroup::DriverChoice::Cgroupfs,
+            config::CgroupDriver::Systemd => cgroup::DriverChoice::Systemd,
+        },
+        default_parent: config.cgroup.parent.clone(),
+        ..cgroup::Settings::default()
+    })
+    .map_err(ServeError::Cgroups)?;
+    let network = Arc::new(
+        network::Network::open(network_settings(&config, &places))
+            .map_err(|error| ServeError::Network(Box::new(error)))?,
+    );
+    let mut settings =
+        image_service::Settings::new(places.lib.join("images"), places.lib.join("containers"));
+    settings.certs_d = places.certs_d.clone();
+    settings.max_layer_downloads = config.images.max_parallel_downloads as usize;
+    let images = tokio::task::spawn_blocking(move || image_service::ImageService::open(settings))
+        .await
+        .map_err(start("open the images"))?
+        .map_err(ServeError::Images)?;
+    let images = ImageSource::new(images);
+    let mut defaults = oci::Defaults::default();
+    let nofile = (config.runtime.nofile_soft, config.runtime.nofile_hard);
+    defaults.rlimits.insert(oci::Rlimit::Nofile, nofile);
+    let settings = Settings {
+        lib: places.lib.clone(),
+        run: places.run.clone(),
+        monitor: monitor_program(&config.monitor.path).ok_or(ServeError::NoMonitor)?,
+        log_line_bytes: config.runtime.log_line_bytes,
+        defaults: defaults.within_host_limits(),
+        host_resolv_conf: PathBuf::from("/etc/resolv.conf"),
+    };
+    let observer = {
+        let metrics = metrics.clone();
+        Arc::new(move |operation, stage, took| metrics.stage(operation, stage, took))
+    };
+    let sandboxes = Sandboxes::open(
+        settings,
+        network.clone(),
+        Arc::new(cgroups),
+        Arc::new(images.clone()),
+        observer,
+    )
+    .await
+    .map_err(ServeError::Sandboxes)?;
+    Ok(Daemon::new(
+        config, places, facts, sandboxes, images, network, metrics,
+    ))
+}
+
+fn network_settings(config: &Config, places: &Places) -> network::NetworkSettings {
+    let subnet = |wanted: fn(&str) -> bool| {
+        let found = config.network.subnets.iter().find(|subnet| wanted(subnet));
+        // Checked when the configuration was read.
+        found.and_then(|subnet| subnet.parse().ok())
+    };
+    network::NetworkSettings {
+        mode: match config.network.default {
+            config::DefaultNetwork::Builtin => network::Mode::Builtin,
+            config::DefaultNetwork::Wait => network::Mode::Wait,
+        },
+        cni_conf_dir: places.cni_conf_dir.clone(),
+        cni_bin_dirs: config.network.cni_bin_dirs.clone(),
+        plugin_deadline: PLUGIN_DEADLINE,
+        bridge: bridge::Settings {
+            bridge: config.network.bridge.clone(),
+            ipv4: subnet(|subnet| !subnet.contains(':')),
+            ipv6: subnet(|subnet| subnet.contains(':')),
+            mtu: Some(config.network.mtu).filter(|mtu| *mtu != 0),
+            masquerade: config.network.masquerade,
+            hairpin: config.network.hairpin,
+            state_dir: places.lib.join("network"),
+        },
+    }
+}
+
+/// The configured program, else the one beside this one, else the first in PATH.
+fn monitor_program(configured: &Path) -> Option<PathBuf> {
+    const NAME: &str = "berth-monitor";
+    if !configured.as_os_str().is_empty() {
+        return Some(configured.to_owned());
+    }
+    let own = std::env::current_exe().ok();
+    let beside = own.and_then(|own| own.parent().map(Path::to_owned));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .map(|dir| dir.join(NAME))
+        .find(|program| program.is_file())
+}
+
+/// SIGHUP reads the log level again and changes nothing else.
+async fn reload(mut hangup: tokio::signal::unix::Signal, layout: Layout, log: logging::Handle) {
+    while hangup.recv().await.is_some() {
+        let layout = layout.clone();
+        let read = tokio::task::spawn_blocking(move || Config::load(&layout)).await;
+        match read {
+            Ok(Ok(config)) => {
+                log.set_level(config.log.level);
+                tracing::info!(level = %config.log.level, "SIGHUP: log level read again");
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(
+                    error = crate::rpc::chain(&error),
+                    "SIGHUP: the configuration is bad, nothing changed"
+                );
+            }
+            Err(_) => tracing::warn!("SIGHUP: reading the configuration broke off"),
+        }
+    }
+}
