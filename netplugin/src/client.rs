@@ -32,7 +32,7 @@ pub enum CniError {
         /// "ADD".
         command: &'static str,
         /// What it said.
-        error: PluginError,
+        error: Box<PluginError>,
     },
     /// The plugin is not there.
     #[error("CNI plugin {plugin} is not in {dirs}")]
@@ -247,7 +247,7 @@ impl Client {
                 .map_err(|error| CniError::Plugin {
                     plugin: kind.into(),
                     command,
-                    error,
+                    error: error.into(),
                 });
         }
         let mut process = Command::new(self.find(kind)?);

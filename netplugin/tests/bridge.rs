@@ -100,6 +100,24 @@ fn without_masquerading_the_outside_sees_the_pod() {
 }
 
 #[test]
+fn a_bridges_first_pod_is_reached_over_ipv6_at_once() {
+    let world = World::new();
+    let bridge = world.bridge();
+    world
+        .outside
+        .sh(&format!("ip -6 route add fd77::/64 via {HOST6}"));
+    let pod = world.pod(&bridge, "a");
+    let _server = pod.netns.serve("[::]:80");
+    let started = Instant::now();
+    world.outside.ask(&pod.at(false, 80)).unwrap();
+    let took = started.elapsed();
+    assert!(
+        took < Duration::from_millis(900),
+        "a lost first packet costs a second: {took:?}"
+    );
+}
+
+#[test]
 fn a_host_port_leads_to_its_pod_from_everywhere() {
     let world = World::new();
     let bridge = world.bridge();
