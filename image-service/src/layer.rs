@@ -146,6 +146,9 @@ pub struct LayerInfo {
     pub inodes: u64,
     /// It says what the image's root directory is like.
     pub has_root: bool,
+    /// It hides all layers below it.
+    #[serde(default)]
+    pub opaque_root: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -383,6 +386,7 @@ impl Store {
                     bytes: sums.bytes,
                     inodes: sums.inodes,
                     has_root: true,
+                    opaque_root: unpack::is_opaque(&root).ok()?,
                 };
                 self.save(&path, &layer).ok()?;
                 Some((layer, true))
@@ -574,6 +578,7 @@ impl Store {
             bytes: summary.bytes,
             inodes: summary.inodes,
             has_root: summary.has_root,
+            opaque_root: summary.opaque_root,
         };
         self.save(&path.join(RECORD), &info)?;
         crash::point("layer-unpacked");
@@ -772,6 +777,9 @@ pub(crate) fn root_attributes(
                 },
             )?;
             return Ok((stat.st_mode & 0o7777, stat.st_uid, stat.st_gid));
+        }
+        if info.opaque_root {
+            break;
         }
     }
     Ok((0o755, 0, 0))

@@ -477,11 +477,28 @@ static MOUNTING_BY_NAME: Mutex<()> = Mutex::new(());
 
 impl Overlay<'_> {
     fn mount(&self, attributes: MountAttrFlags) -> Result<OwnedFd, SnapshotError> {
-        if let Some(gone) = self.layers.iter().find(|id| !self.store.has(id)) {
-            return Err(SnapshotError::NoLayer {
-                layer: gone.clone(),
-            });
+        let visible = self.visible()?;
+        let overlay = Overlay {
+            layers: visible,
+            ..*self
+        };
+        overlay.mount_visible(attributes)
+    }
+
+    /// The layers from the topmost whose root hides everything below it.
+    fn visible(&self) -> Result<&[LayerId], SnapshotError> {
+        let mut first = 0;
+        for (index, id) in self.layers.iter().enumerate() {
+            match self.store.info(id) {
+                Some(info) if info.opaque_root => first = index,
+                Some(_) => {}
+                None => return Err(SnapshotError::NoLayer { layer: id.clone() }),
+            }
         }
+        Ok(&self.layers[first..])
+    }
+
+    fn mount_visible(&self, attributes: MountAttrFlags) -> Result<OwnedFd, SnapshotError> {
         if !WITHOUT_LOWERDIR_PLUS.load(Ordering::Relaxed) {
             match self.mount_detached(attributes)? {
                 Some(mount) => return Ok(mount),
@@ -680,5 +697,90 @@ fn io(action: &'static str, path: &Path, source: Errno) -> SnapshotError {
         action,
         path: path.to_owned(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+    use crate::layer::Ingest;
+    use crate::unpack::Compression;
+
+    /// A layer whose one file has the given name.
+    fn layer(store: &Store, name: &str) -> LayerId {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).unwrap();
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(0);
+        header.set_cksum();
+        let bytes = header.as_bytes().as_slice();
+        let diff_ids = [Digest::sha256(bytes)];
+        let ingest = Ingest {
+            diff_ids: &diff_ids,
+            parents: None,
+            compression: Compression::None,
+            limit_bytes: None,
+        };
+        store.unpack(&store.lease(), ingest, bytes).unwrap().id
+    }
+
+    fn names(mount: &OwnedFd) -> usize {
+        let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+        std::fs::read_dir(path).unwrap().count()
+    }
+
+    #[test]
+    fn a_kernel_without_lowerdir_plus_mounts_the_same_view() {
+        // What overlayfs splits its options at must not matter.
+        let dir = tempfile::Builder::new().prefix("a:b,c").tempdir().unwrap();
+        let store = Store::open(&dir.path().join("layers")).unwrap();
+        let layers: Vec<LayerId> = (0..300).map(|n| layer(&store, &format!("f{n}"))).collect();
+        let snapshots = Snapshots::open(&dir.path().join("containers"), &store).unwrap();
+        for count in [0, 1, 2, 128] {
+            let id = format!("c{count}");
+            snapshots.prepare(&id, &layers[..count]).unwrap();
+            let dir = File::open(snapshots.dir().join(&id)).unwrap();
+            let overlay = |writable| Overlay {
+                store: &store,
+                layers: &layers[..count],
+                writable,
+            };
+            let writable = overlay(Some(dir.as_fd()))
+                .mount_by_name(MountAttrFlags::empty())
+                .unwrap();
+            assert_eq!(names(&writable), count);
+            std::fs::write(format!("/proc/self/fd/{}/new", writable.as_raw_fd()), "").unwrap();
+            let readonly = overlay(None)
+                .mount_by_name(MountAttrFlags::MOUNT_ATTR_RDONLY)
+                .unwrap();
+            assert_eq!(names(&readonly), count);
+            std::fs::write(format!("/proc/self/fd/{}/new", readonly.as_raw_fd()), "").unwrap_err();
+            let fd = File::open(snapshots.dir().join(&id)).unwrap();
+            drop(writable);
+            let again = Overlay {
+                store: &store,
+                layers: &layers[..count],
+                writable: Some(fd.as_fd()),
+            }
+            .mount(MountAttrFlags::empty())
+            .unwrap();
+            assert_eq!(names(&again), count + 1);
+        }
+        let too_many = Overlay {
+            store: &store,
+            layers: &layers,
+            writable: None,
+        }
+        .mount_by_name(MountAttrFlags::empty());
+        assert!(matches!(
+            too_many,
+            Err(SnapshotError::TooManyLayers { layers: 300, .. })
+        ));
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains("a:b"));
     }
 }

@@ -17,6 +17,7 @@ mod tree;
 pub use archive::{MAX_EXTENSION_BYTES, MAX_PATH_BYTES, MAX_XATTR_BYTES};
 pub use stream::Compression;
 pub use tree::BLOCK_BYTES;
+pub(crate) use tree::is_opaque;
 
 use crate::digest::{Algorithm, Digest};
 use rustix::io::Errno;
@@ -44,6 +45,9 @@ pub struct Summary {
     pub inodes: u64,
     /// Space taken, in bytes: file sizes in whole blocks, and a block per directory.
     pub bytes: u64,
+    /// Nothing of the layers below shows through, not even beside what is here.
+    /// overlayfs does not look for that on a layer's root, so whoever mounts it must.
+    pub opaque_root: bool,
     /// The archive says who owns the root directory and so on.
     pub has_root: bool,
     /// The result would be another one above other parents.

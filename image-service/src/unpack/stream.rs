@@ -79,7 +79,7 @@ type Input<R> = BufReader<io::Chain<Cursor<Vec<u8>>, Tap<R>>>;
 
 enum Decoder<R: Read> {
     Plain(Input<R>),
-    Gzip(MultiGzDecoder<Input<R>>),
+    Gzip(Box<MultiGzDecoder<Input<R>>>),
     Zstd(zstd::stream::read::Decoder<'static, Input<R>>),
 }
 
@@ -128,7 +128,7 @@ impl<R: Read> Source<R> {
         let input = BufReader::with_capacity(INPUT_BYTES, Cursor::new(start).chain(tap));
         let decoder = match compression {
             Compression::None => Decoder::Plain(input),
-            Compression::Gzip => Decoder::Gzip(MultiGzDecoder::new(input)),
+            Compression::Gzip => Decoder::Gzip(Box::new(MultiGzDecoder::new(input))),
             Compression::Zstd => {
                 let decoder = (|| {
                     let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?;

@@ -353,9 +353,21 @@ impl<'a> Tree<'a> {
                 rustix::fs::fsetxattr(&directory.fd, key, value, XattrFlags::empty())
             })?;
         }
+        self.note_times(entry, &directory.path, entry.mtime)
+    }
+
+    fn note_times(&mut self, entry: &Entry, path: &[u8], time: Time) -> Result<(), UnpackError> {
+        // Links can lead to where no path of the kernel's reaches.
+        if path.len() >= MAX_PATH_BYTES {
+            return Err(bad_path(entry, "leads deeper than 4096 bytes of path"));
+        }
         self.times
-            .push(&directory.path, entry.mtime, self.attic)
-            .map_err(|error| fail("note the times of")(errno(&error)))
+            .push(path, time, self.attic)
+            .map_err(|error| UnpackError::Entry {
+                action: "note the times of",
+                entry: shown(&entry.path),
+                source: errno(&error),
+            })
     }
 
     /// Owner, mode, xattrs and times of what has no descriptor of its own.
@@ -499,6 +511,7 @@ impl<'a> Tree<'a> {
         if opaque {
             self.make_opaque(entry, &parent)?;
             if parent.path.is_empty() {
+                self.summary.opaque_root = true;
                 self.reopen_root(entry, false, self.root.setgid)?;
             }
             return Ok(());
@@ -814,9 +827,7 @@ impl<'a> Tree<'a> {
                     .map_err(fail)?;
                 copy_attributes(&from, &fd, &stat).map_err(fail)?;
                 let path = join(&current.path, name);
-                self.times
-                    .push(&path, modified(&stat), self.attic)
-                    .map_err(|error| fail(errno(&error)))?;
+                self.note_times(entry, &path, modified(&stat))?;
                 self.summary.add_directory();
                 Ok(Step::Into(Rc::new(Directory {
                     fd,
@@ -850,9 +861,7 @@ impl<'a> Tree<'a> {
             set_opaque(&fd).map_err(fail)?;
         }
         let path = join(&current.path, name);
-        self.times
-            .push(&path, Time::default(), self.attic)
-            .map_err(|error| fail(errno(&error)))?;
+        self.note_times(entry, &path, Time::default())?;
         self.summary.add_directory();
         Ok(Step::Into(Rc::new(Directory {
             fd,
@@ -1140,7 +1149,8 @@ fn is_whiteout(stat: &Stat) -> bool {
     file_type(stat) == FileType::CharacterDevice && stat.st_rdev == WHITEOUT_DEVICE
 }
 
-fn is_opaque(directory: &OwnedFd) -> Result<bool, Errno> {
+/// Whether overlayfs hides what lower layers have in `directory`.
+pub(crate) fn is_opaque(directory: &OwnedFd) -> Result<bool, Errno> {
     let mut value = [0u8; 8];
     match rustix::fs::fgetxattr(directory, OPAQUE, &mut value) {
         Ok(count) => Ok(value[..count] == *b"y"),
