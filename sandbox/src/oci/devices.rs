@@ -30,7 +30,7 @@ const ALWAYS: [(&str, i64, i64); 6] = [
 ];
 
 /// Parts of the host's /dev that a container has its own of.
-const OWN: [&str; 5] = ["pts", "shm", "mqueue", "fd", "console"];
+const OWN: [&str; 6] = ["ptmx", "pts", "shm", "mqueue", "fd", "console"];
 
 /// The nodes by path, each once, and the cgroup's rules in order.
 pub(super) fn build(
