@@ -242,7 +242,8 @@ fn split_port(host: &str) -> (&str, Option<&str>) {
     }
 }
 
-fn is_loopback(host: &str) -> bool {
+/// True for `localhost` and loopback addresses, without a port.
+pub(crate) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost"
         || address
@@ -298,7 +299,9 @@ pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, Hosts
     in_order.sort_by_key(|(key, _)| key.span().start);
     let mut hosts = Vec::new();
     for (url, host) in in_order {
-        let key = format!("host.{:?}", url.get_ref());
+        // What stands before an "@" is a password that should not be there.
+        let shown = url.get_ref().rsplit('@').next().unwrap_or_default();
+        let key = format!("host.{shown:?}");
         hosts.push(convert(path, &key, Some(url.get_ref()), host, registry).map_err(invalid)?);
     }
     let server = RawHost {
@@ -406,15 +409,17 @@ fn base_url(text: &str, override_path: bool) -> Result<Url, String> {
     } else {
         format!("https://{text}")
     };
-    let mut url = Url::parse(&text).map_err(|error| format!("{text:?} is not a URL: {error}"))?;
+    // What stands before an "@" is a password that should not be there.
+    let shown = text.rsplit('@').next().unwrap_or_default();
+    let mut url = Url::parse(&text).map_err(|error| format!("{shown:?} is not a URL: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
-        return Err(format!("{text:?} is not an http or https URL"));
+        return Err(format!("{shown:?} is not an http or https URL"));
     }
     if !url.username().is_empty() || url.password().is_some() {
         return Err("credentials do not belong into a URL".into());
     }
     if url.query().is_some() || url.fragment().is_some() {
-        return Err(format!("{text:?} has a query or a fragment"));
+        return Err(format!("{shown:?} has a query or a fragment"));
     }
     if url.host_str() == Some(DEFAULT_HOST) {
         url.set_host(Some(DOCKER_HUB))

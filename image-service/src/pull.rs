@@ -129,7 +129,89 @@ pub enum PullError {
     },
 }
 
+/// What kind of failure a pull ended with, for the caller's own codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What was asked for is malformed: the reference or the credentials.
+    Invalid,
+    /// The registry does not have it.
+    NotFound,
+    /// Credentials are missing or wrong.
+    Unauthorized,
+    /// Credentials do not allow it.
+    Denied,
+    /// The registry asks for patience.
+    TooManyRequests,
+    /// The registry cannot be reached or fails.
+    Unavailable,
+    /// The configuration of the registry, or of this node's trust in it.
+    Configuration,
+    /// What came is not what was asked for, or not an image we can use.
+    BadImage,
+    /// This node could not store it.
+    Local,
+}
+
+fn registry_kind(error: &RegistryError) -> Kind {
+    match error {
+        RegistryError::Credentials(_) => Kind::Invalid,
+        RegistryError::NotFound { .. } => Kind::NotFound,
+        // A token service in trouble says nothing about the credentials.
+        RegistryError::Unauthorized { .. } if error.is_transient() => Kind::Unavailable,
+        RegistryError::Unauthorized { .. } => Kind::Unauthorized,
+        RegistryError::Denied { .. } => Kind::Denied,
+        RegistryError::TooManyRequests { .. } => Kind::TooManyRequests,
+        RegistryError::Server { .. }
+        | RegistryError::Status { .. }
+        | RegistryError::Tls { .. }
+        | RegistryError::Unreachable { .. }
+        | RegistryError::Stalled { .. }
+        | RegistryError::Redirect { .. } => Kind::Unavailable,
+        RegistryError::TooLarge { .. } | RegistryError::Length { .. } => Kind::BadImage,
+        RegistryError::NoHost { .. }
+        | RegistryError::Hosts { .. }
+        | RegistryError::Certificate { .. }
+        | RegistryError::Client { .. } => Kind::Configuration,
+    }
+}
+
+fn unpack_kind(error: &UnpackError) -> Kind {
+    match error {
+        UnpackError::Read { .. }
+        | UnpackError::Decompress { .. }
+        | UnpackError::OtherCompression { .. }
+        | UnpackError::TrailingBytes { .. }
+        | UnpackError::Truncated { .. }
+        | UnpackError::TooLarge { .. }
+        | UnpackError::Header { .. }
+        | UnpackError::Path { .. }
+        | UnpackError::LinkTarget { .. }
+        | UnpackError::Xattr { .. }
+        | UnpackError::Unsupported { .. }
+        | UnpackError::LeansOnParents
+        | UnpackError::DiffId { .. } => Kind::BadImage,
+        UnpackError::Entry { .. }
+        | UnpackError::Store { .. }
+        | UnpackError::Record { .. }
+        | UnpackError::Parents { .. } => Kind::Local,
+    }
+}
+
 impl PullError {
+    /// What kind of failure this is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            PullError::Reference(_) => Kind::Invalid,
+            PullError::Registry { source, .. } => registry_kind(source),
+            PullError::Wrong { .. } | PullError::Manifest { .. } => Kind::BadImage,
+            PullError::Unpack { source, .. } => unpack_kind(source),
+            PullError::Layers { .. }
+            | PullError::Content { .. }
+            | PullError::Record { .. }
+            | PullError::Aborted { .. } => Kind::Local,
+        }
+    }
+
     pub(crate) fn from_registry(what: &str, image: &str, source: RegistryError) -> PullError {
         PullError::Registry {
             what: what.into(),

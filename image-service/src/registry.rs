@@ -701,6 +701,10 @@ fn build_client(host: &Host, secure: bool, timeouts: Timeouts) -> Result<Client,
         .referer(false)
         .connect_timeout(host.dial_timeout.unwrap_or(timeouts.connect))
         .read_timeout(timeouts.no_progress);
+    if host.url.host_str().is_some_and(hosts::is_loopback) {
+        // As Go has it: a proxy's own loopback is somewhere else.
+        builder = builder.no_proxy();
+    }
     if !secure {
         // No CAs: none are needed, and a node without any can use such hosts.
         builder = builder.tls_certs_only([]);

@@ -300,6 +300,15 @@ impl ImageService {
         outcome
     }
 
+    /// The pulls that are running: the reference of each, and how far it is.
+    pub fn running_pulls(&self) -> Vec<(String, Progress)> {
+        let running = lock(&self.0.running);
+        let pulls = running.iter();
+        pulls
+            .map(|(key, pull)| (key.reference.to_string(), pull.progress.clone()))
+            .collect()
+    }
+
     /// Removes the image `name` means, under all its names, and frees what nothing else uses.
     /// Tells whether there was one; absent is success.
     ///
@@ -499,8 +508,8 @@ struct Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.progress.enter(Stage::Done);
         lock(&self.service.0.running).remove(&self.key);
+        self.progress.enter(Stage::Done);
     }
 }
 

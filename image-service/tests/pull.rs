@@ -7,6 +7,7 @@ use berth_image_service::progress::{Progress, Stage};
 use berth_image_service::registry::RegistryError;
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use support::*;
 
 #[tokio::test]
@@ -27,8 +28,8 @@ async fn an_image_is_pulled_by_tag_and_by_digest_and_removed_under_all_names() {
 
     let image = node.service.find(&tag).unwrap();
     assert_eq!(image.id, picture.image_id);
-    assert_eq!(image.repo_tags, [tag.clone()]);
-    assert_eq!(image.repo_digests, [digest.clone()]);
+    assert_eq!(image.repo_tags, [&*tag]);
+    assert_eq!(image.repo_digests, [&*digest]);
     assert_eq!((image.uid, &*image.username), (Some(1000), ""));
     assert_eq!(image.config.cmd, ["/bin/true"]);
     assert!(image.size_bytes > 0);
@@ -469,4 +470,87 @@ async fn a_refusing_or_broken_token_service_is_told() {
         let said = node.refused(&registry.reference()).await;
         assert!(said.contains(expected), "{said}");
     }
+}
+
+#[tokio::test]
+async fn dockers_manifests_are_pulled_from_a_real_registry() {
+    let registry = DockerRegistry::start(false);
+    let picture = Picture::small("docker").dockerised();
+    registry.push("library/a", "1", &picture);
+    let node = Node::new();
+    let name = format!("{}/library/a:1", registry.address);
+    let pulled = node.pull(&name).await.unwrap();
+    assert_eq!(pulled.image_id, picture.image_id);
+    let image = node.service.find(&name).unwrap();
+    assert_eq!(image.manifest_digest.to_string(), picture.digest());
+}
+
+#[tokio::test]
+async fn a_token_that_expires_during_a_pull_is_fetched_again() {
+    let tars = [tar_of(&[("a", b"1")]), tar_of(&[("b", b"2")])];
+    let picture = Picture::of(&tars, "gzip", json!({}));
+    let tokens = Server::start({
+        let given = AtomicUsize::new(0);
+        move |_| {
+            let nth = given.fetch_add(1, Ordering::SeqCst);
+            Reply::ok(format!("{{\"access_token\": \"t{nth}\"}}"))
+        }
+    });
+    let realm = tokens.address;
+    let served = picture.clone();
+    let registry = Server::start(move |request| {
+        let is_blob = request.path().contains("/blobs/");
+        let good = if is_blob { "Bearer t1" } else { "Bearer t0" };
+        if request.header("authorization") == good {
+            return serve(&served, request);
+        }
+        let challenge = format!("Bearer realm=\"http://{realm}/\"");
+        Reply::status(401).with("www-authenticate", challenge)
+    });
+    let node = Node::new();
+    let pulled = node.pull(&registry.reference()).await.unwrap();
+    assert_eq!(pulled.image_id, picture.image_id);
+    assert_eq!(tokens.seen().len(), 2);
+}
+
+#[tokio::test]
+async fn a_running_pull_can_be_watched_and_goes_on_without_its_caller() {
+    let picture = Picture::small("watched");
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = std::sync::Mutex::new(held);
+    let served = picture.clone();
+    let server = Server::start(move |request| {
+        if request.path().contains(&served.layers[0]) {
+            // Ends with the test's end of the channel, whatever becomes of the test.
+            let _ = held.lock().unwrap().recv();
+        }
+        serve(&served, request)
+    });
+    let node = Node::new();
+    let progress = Progress::new();
+    let (service, reference) = (node.service.clone(), server.reference());
+    let watched = progress.clone();
+    let caller = tokio::spawn(async move { service.pull(&reference, None, &watched).await });
+    while progress.stage() != Stage::Layers || progress.layers_total() == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((progress.layers(), progress.layers_total()), (0, 1));
+    let running = node.service.running_pulls();
+    assert_eq!(running.len(), 1);
+    assert_eq!(running[0].0, server.reference());
+    assert_eq!(node.service.list(), Vec::new());
+    caller.abort();
+    drop(release);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while node.service.list().is_empty() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the pull did not go on"
+        );
+        tokio::task::yield_now().await;
+    }
+    while progress.stage() != Stage::Done {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(node.service.running_pulls().len(), 0);
 }

@@ -219,6 +219,29 @@ impl Picture {
         Digest::sha256(&self.manifest).to_string()
     }
 
+    /// The same in Docker's media types.
+    pub fn dockerised(mut self) -> Picture {
+        let old = String::from_utf8(self.manifest.clone()).unwrap();
+        self.blobs.remove(&self.digest());
+        self.media_type = "application/vnd.docker.distribution.manifest.v2+json".into();
+        let new = old
+            .replace(
+                "application/vnd.oci.image.manifest.v1+json",
+                &self.media_type,
+            )
+            .replace(
+                "application/vnd.oci.image.config.v1+json",
+                "application/vnd.docker.container.image.v1+json",
+            )
+            .replace(
+                "application/vnd.oci.image.layer.v1.tar+gzip",
+                "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            );
+        self.manifest = new.clone().into_bytes();
+        self.add("", new.into_bytes());
+        self
+    }
+
     /// An index whose entry for this platform is this image.
     pub fn indexed(mut self) -> Picture {
         let this = json!({
