@@ -284,10 +284,16 @@ impl Bridge {
         }
         let owner = owner(request.id, request.ifname);
         let ips = self.ipam.acquire(&owner)?;
-        let result = self.connect(request, made, &ips).and_then(|attachment| {
+        let result = std::thread::scope(|scope| {
+            let synced = scope.spawn(|| self.ipam.sync(&ips));
+            let attachment = self.connect(request, made, &ips)?;
             crash::point("network-linked");
             self.ports
                 .add(&owner, request.name, &ips, request.port_mappings)?;
+            match synced.join() {
+                Ok(synced) => synced?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
             Ok(attachment)
         });
         result.inspect_err(|_| {
@@ -385,7 +391,7 @@ impl Bridge {
         };
         let mut dead: Vec<String> = Vec::new();
         let mut links = Vec::new();
-        let prefix = alias(&self.settings.bridge, "");
+        let prefix = alias(&self.settings.state_dir, "");
         for link in list_links(&mut Socket::route()?)? {
             let name = link
                 .attributes
@@ -532,7 +538,7 @@ impl Bridge {
             source,
         })?;
         let pair = self.veth(request, made, &host, &mac, &netns);
-        let alias = alias(&self.settings.bridge, &owner);
+        let alias = alias(&self.settings.state_dir, &owner);
         let requests = [
             new_link("make the veth pair", NLM_F_CREATE | NLM_F_EXCL, pair),
             new_link(
@@ -631,9 +637,11 @@ fn host_ifname(owner: &str) -> String {
     format!("bv{}", &hex::encode(Sha256::digest(owner))[..12])
 }
 
-/// What marks a link as ours, and whose it is.
-fn alias(bridge: &str, owner: &str) -> String {
-    format!("berth {bridge} {owner}")
+/// What marks a link as made with the state in `state_dir`, and whose it is:
+/// another instance's links are not ours to collect.
+fn alias(state_dir: &Path, owner: &str) -> String {
+    let state = Sha256::digest(state_dir.as_os_str().as_encoded_bytes());
+    format!("berth {} {owner}", &hex::encode(state)[..12])
 }
 
 /// What the kernel takes. Source: dev_valid_name() in Linux.

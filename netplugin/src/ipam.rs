@@ -5,9 +5,10 @@
 //! DIR/leases/.lock         "<generation> <last IPv4 given> <last IPv6 given>\n", padded
 //! ```
 //!
-//! A lease is on disk, fsync and all, before it is given, and its file's name is
-//! the address: one that cannot be read still keeps its address from others,
-//! until [`Ipam::gc`] is told that all of the node's pods are known and frees it.
+//! A lease's file is there before it is given, and on the disk ([`Ipam::sync`])
+//! before the pod is told. Its name is the address: one that cannot be read still
+//! keeps its address from others, until [`Ipam::gc`] is told that all of the
+//! node's pods are known and frees it.
 //! The lock file makes it safe for several processes; its generation tells each
 //! of them when what it knows is old. Addresses are given in turn, so that one
 //! just freed is the last to be given again.
@@ -27,11 +28,6 @@ use std::sync::{Mutex, PoisonError};
 
 /// Bytes of the lock file: its text, padded so that a rewrite never leaves a tail.
 const LOCK_BYTES: usize = 128;
-
-/// A lease is there before its answer whatever happens then. It costs a pod half
-/// a millisecond on an idle disk; as no power cut leaves a pod alive,
-/// `ProcessEnd` would lose nothing but the order in which addresses are given.
-const DURABILITY: Durability = Durability::PowerCut;
 
 /// Why there is no lease.
 #[derive(Debug, thiserror::Error)]
@@ -160,7 +156,7 @@ impl Ipam {
                 // Known before it is tried: a failed write may still have left the file.
                 known.leases.insert(address, Some(owner.into()));
                 fresh.push(address);
-                record::save(&self.path(address), &lease, DURABILITY)
+                record::save(&self.path(address), &lease, Durability::ProcessEnd)
                     .map_err(|source| IpamError::Lease { address, source })?;
                 given.push(address);
                 Ok(())
@@ -174,6 +170,27 @@ impl Ipam {
             }
             crash::point("network-leased");
             Ok(given)
+        })
+    }
+
+    /// Returns when the leases on `addresses` survive a power cut. Apart from
+    /// [`Ipam::acquire`], so that it can run while the kernel makes the links and
+    /// others get their addresses: on a busy disk it takes the longest of all.
+    ///
+    /// # Errors
+    /// `Io` where the disk refuses.
+    pub fn sync(&self, addresses: &[IpAddr]) -> Result<(), IpamError> {
+        // After the rename: one commit of the file system's journal has both the file and its
+        // name, and the directory's own fsync finds nothing left to do.
+        let files = addresses.iter().map(|address| self.path(*address));
+        files.chain([self.dir.clone()]).try_for_each(|path| {
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(|source| IpamError::Io {
+                    action: "sync",
+                    path,
+                    source,
+                })
         })
     }
 
