@@ -9,12 +9,13 @@
 //! Source: OCI runtime-spec, config.md "process"; capabilities(7);
 //! CVE-2024-21626 (working directory outside the root).
 
+use crate::beneath::Root;
 use crate::status::{self, Failed, Note, Step};
 use berth_proto::monitor_v1::Process;
 use berth_sys::process::Strings;
 use berth_sys::seccomp::Filter;
 use berth_sys::{Errno, caps, process};
-use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -176,11 +177,11 @@ fn try_become(
     } else {
         wanted.cwd.as_str()
     };
-    let early = rustix::process::chdir(cwd);
+    let early = change_directory(cwd);
     set_user(wanted)?;
     match early {
         Ok(()) => {}
-        Err(Errno::ACCESS | Errno::PERM) => rustix::process::chdir(cwd).step("chdir", cwd)?,
+        Err(Errno::ACCESS | Errno::PERM) => change_directory(cwd).step("chdir", cwd)?,
         Err(error) => return Err(Failed::new("chdir", cwd, error)),
     }
     let inside = process::working_directory().step("chdir", cwd)?;
@@ -192,13 +193,14 @@ fn try_become(
         ));
     }
 
-    // The effective set went with user ID 0. CAP_SYS_ADMIN stays in force for
-    // as long as the filter needs it.
-    let known = caps::known();
+    // What this node does not have itself it cannot give: a privileged
+    // container gets all there is. The effective set went with user ID 0;
+    // CAP_SYS_ADMIN stays in force for as long as the filter needs it.
+    let ours = caps::get().step("read capabilities", "")?.permitted;
     let wanted_sets = caps::Sets {
-        effective: wanted.cap_effective & known,
-        permitted: wanted.cap_permitted & known,
-        inheritable: wanted.cap_inheritable & known,
+        effective: wanted.cap_effective & ours,
+        permitted: wanted.cap_permitted & ours,
+        inheritable: wanted.cap_inheritable & ours,
     };
     let program = find_program(wanted)?;
     if wanted.no_new_privs {
@@ -217,7 +219,8 @@ fn try_become(
 
     let set_caps = || {
         caps::set(wanted_sets).step("set capabilities", "")?;
-        caps::ambient(wanted.cap_ambient & known).step("set capabilities", "ambient set")
+        caps::ambient(wanted.cap_ambient & wanted_sets.permitted & wanted_sets.inheritable)
+            .step("set capabilities", "ambient set")
     };
     match &prepared.filter {
         // With no_new_privs anybody may install it, so it comes last.
@@ -243,6 +246,14 @@ fn try_become(
         String::from_utf8_lossy(program.to_bytes()),
         error,
     ))
+}
+
+/// chdir that follows no magic link, so not /proc/self/fd/N either.
+fn change_directory(path: &str) -> Result<(), Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(c"/", flags, Mode::empty())?;
+    let dir = Root(root.as_fd()).open(path, flags, ResolveFlags::empty())?;
+    rustix::process::fchdir(dir)
 }
 
 /// Sets the limits; one that only CAP_SYS_RESOURCE could raise is set as high

@@ -41,6 +41,10 @@ use std::time::{Duration, Instant};
 /// Clients at a time: a daemon, its predecessor, and some tools.
 const MAX_CONNECTIONS: usize = 64;
 
+/// How long it waits before it looks for clients again when there are too many
+/// or too few descriptors.
+const CROWDED: Duration = Duration::from_millis(200);
+
 /// Containers at a time, ended ones that nobody forgot included.
 const MAX_CONTAINERS: usize = 1024;
 
@@ -92,6 +96,8 @@ struct Starting {
     asker: Asker,
     ready: bool,
     failed: Option<Failed>,
+    /// What the logger says; it knows better than init why there is no log.
+    log_failed: Option<Failed>,
 }
 
 /// A container's logger.
@@ -172,6 +178,9 @@ struct Monitor {
     options: Options,
     epoll: OwnedFd,
     listener: OwnedFd,
+    listener_token: u64,
+    /// When to look for clients again, while there are too many.
+    accept_again: Option<Instant>,
     signals: OwnedFd,
     /// This process's own PID namespace, to come back to.
     own_pid: OwnedFd,
@@ -245,6 +254,8 @@ impl Monitor {
             options,
             epoll,
             listener,
+            listener_token: 0,
+            accept_again: None,
             signals,
             own_pid,
             pid_astray: false,
@@ -260,6 +271,7 @@ impl Monitor {
             ending: None,
         };
         let token = monitor.token(Source::Listener);
+        monitor.listener_token = token;
         watch(&monitor.epoll, &monitor.listener, token).step("epoll_ctl", "listener")?;
         let token = monitor.token(Source::Signals);
         watch(&monitor.epoll, &monitor.signals, token).step("epoll_ctl", "signals")?;
@@ -328,23 +340,28 @@ impl Monitor {
                 | Phase::Recording { until, .. } => Some(until),
                 Phase::Starting(_) | Phase::Running | Phase::Ended(_) => None,
             });
-        phases.chain(self.ending).min()
+        phases.chain(self.ending).chain(self.accept_again).min()
     }
 
     // ---- connections
 
     fn accept(&mut self) {
         loop {
+            if self.connections.len() >= MAX_CONNECTIONS {
+                return self.pause_accepting();
+            }
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = match rustix::net::accept_with(&self.listener, flags) {
                 Ok(socket) => socket,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(_) => return,
+                Err(Errno::AGAIN) => return,
+                // No descriptors or memory: not to be asked again at once.
+                Err(_) => return self.pause_accepting(),
             };
             let own = rustix::process::geteuid();
             let trusted = rustix::net::sockopt::socket_peercred(&socket)
                 .is_ok_and(|peer| peer.uid.is_root() || peer.uid == own);
-            if !trusted || self.connections.len() >= MAX_CONNECTIONS || self.ending.is_some() {
+            if !trusted || self.ending.is_some() {
                 continue;
             }
             let token = self.token(Source::Connection);
@@ -353,6 +370,25 @@ impl Monitor {
                 continue;
             }
             self.connections.insert(token, Connection::new(socket));
+        }
+    }
+
+    /// Leaves further clients waiting in the kernel's queue for a while.
+    fn pause_accepting(&mut self) {
+        let data = epoll::EventData::new_u64(self.listener_token);
+        let _ = epoll::modify(
+            &self.epoll,
+            &self.listener,
+            data,
+            epoll::EventFlags::empty(),
+        );
+        self.accept_again = Some(Instant::now() + CROWDED);
+    }
+
+    fn go_on_accepting(&mut self) {
+        if self.accept_again.take().is_some() {
+            let data = epoll::EventData::new_u64(self.listener_token);
+            let _ = epoll::modify(&self.epoll, &self.listener, data, epoll::EventFlags::IN);
         }
     }
 
@@ -392,6 +428,7 @@ impl Monitor {
     fn drop_connection(&mut self, token: u64) {
         self.sources.remove(&token);
         self.connections.remove(&token);
+        self.go_on_accepting();
         for exec in self.execs.values().filter(|exec| exec.connection == token) {
             exec.kill(libc::SIGKILL);
         }
@@ -689,6 +726,7 @@ impl Monitor {
                 asker,
                 ready: false,
                 failed: None,
+                log_failed: None,
             }),
             logger,
             console: None,
@@ -760,6 +798,7 @@ impl Monitor {
         let token = starting.token;
         let asker = starting.asker;
         if let Some(failed) = starting.failed.take().or_else(|| starting.died()) {
+            let failed = starting.log_failed.take().unwrap_or(failed);
             self.sources.remove(&token);
             self.fail_launch(id, asker, failed);
             return;
@@ -787,7 +826,7 @@ impl Monitor {
             let _ = pidfd::send_signal(&container.pidfd, libc::SIGKILL);
             if let Some(logger) = container.logger {
                 self.sources.remove(&logger.token);
-                // The logger knows better why there is no log.
+                // What it said has been heard, or is still in the socket.
                 while let Heard::Note(note) = status::receive(&logger.control) {
                     if let Note::Failed(why) = note {
                         failed = why;
@@ -858,6 +897,7 @@ impl Monitor {
                     asker,
                     ready: false,
                     failed: None,
+                    log_failed: None,
                 }),
                 console: None,
                 connection: asker.connection,
@@ -1006,11 +1046,10 @@ impl Monitor {
 
     fn hear_logger(&mut self, id: &str) {
         loop {
-            let Some(logger) = self
-                .containers
-                .get_mut(id)
-                .and_then(|container| container.logger.as_mut())
-            else {
+            let Some(container) = self.containers.get_mut(id) else {
+                return;
+            };
+            let Some(logger) = &mut container.logger else {
                 return;
             };
             let heard = status::receive(&logger.control);
@@ -1023,6 +1062,11 @@ impl Monitor {
                 Heard::Note(note) => {
                     // Answers come in the order of the orders.
                     if logger.reopens.is_empty() {
+                        if let (Phase::Starting(starting), Note::Failed(failed)) =
+                            (&mut container.phase, note)
+                        {
+                            starting.log_failed = Some(failed);
+                        }
                         continue;
                     }
                     let asker = logger.reopens.remove(0);
@@ -1255,6 +1299,9 @@ impl Monitor {
 
     fn check_deadlines(&mut self) {
         let now = Instant::now();
+        if self.accept_again.is_some_and(|at| at <= now) {
+            self.go_on_accepting();
+        }
         let late: Vec<String> = self
             .containers
             .iter()

@@ -51,6 +51,28 @@ pub fn known() -> u64 {
     set
 }
 
+/// This thread's sets.
+///
+/// # Errors
+/// The kernel's (none are known for these arguments).
+pub fn get() -> Result<Sets> {
+    let header = Header {
+        version: VERSION,
+        pid: 0,
+    };
+    let mut data = [Data::default(); 2];
+    // SAFETY: version 3 means two of `Data`, which are ours to write to; the
+    // kernel writes to the header only for a version it does not know.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) })?;
+    let whole = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+    let [low, high] = data;
+    Ok(Sets {
+        effective: whole(low.effective, high.effective),
+        permitted: whole(low.permitted, high.permitted),
+        inheritable: whole(low.inheritable, high.inheritable),
+    })
+}
+
 /// Sets this thread's sets.
 ///
 /// # Errors
@@ -128,5 +150,6 @@ mod tests {
         let known = known();
         assert_eq!(known & 0x3f_ffff_ffff, 0x3f_ffff_ffff);
         assert_ne!(known, u64::MAX);
+        assert_eq!(get().unwrap().permitted & !known, 0);
     }
 }

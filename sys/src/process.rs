@@ -60,10 +60,16 @@ fn signal_set(signals: &[i32]) -> Result<libc::sigset_t> {
 
 /// Every signal back to its default and unblocked, as a program expects it.
 pub fn reset_signals() {
+    // The system call itself: libc keeps 32 to 34 for itself and refuses them,
+    // but they may have been ignored by whoever started this process.
+    // `struct sigaction` of the kernel, at most 4 words, all zero: SIG_DFL.
+    let default = [0_u64; 4];
+    let none = std::ptr::null_mut::<u64>();
     for signal in 1..=64 {
-        // SAFETY: SIG_DFL is no handler, so no code of ours can be entered.
-        // Numbers libc keeps for itself, KILL and STOP are refused, harmlessly.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the kernel reads one structure from `default`, and 8 is the
+        // size of its signal set. SIG_DFL is no handler, so no code of ours
+        // can be entered. KILL and STOP are refused, harmlessly.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8) };
     }
     if let Ok(none) = signal_set(&[]) {
         // SAFETY: an initialised set; nothing is returned.
