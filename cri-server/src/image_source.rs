@@ -142,19 +142,27 @@ impl ImageSource {
     }
 }
 
-/// `asked` picks among the names of an image that has several.
-fn container_image(image: &Image, asked: &str) -> ContainerImage {
-    let repository = asked.split(['@']).next().unwrap_or_default();
-    let repository = match repository.rsplit_once(':') {
+/// The repository part of a reference: no tag, no digest.
+fn repository(reference: &str) -> &str {
+    let named = reference.split('@').next().unwrap_or_default();
+    match named.rsplit_once(':') {
+        // A colon before a slash belongs to a port.
         Some((before, tag)) if !tag.contains('/') => before,
-        _ => repository,
+        _ => named,
+    }
+}
+
+/// `asked` picks among the names of an image that has several: "busybox" stands
+/// for docker.io/library/busybox, so the end of the repository is enough.
+fn container_image(image: &Image, asked: &str) -> ContainerImage {
+    let asked = repository(asked);
+    let named = |digest: &&String| {
+        let known = repository(digest);
+        known
+            .strip_suffix(asked)
+            .is_some_and(|rest| rest.is_empty() || rest.ends_with('/'))
     };
-    let same = image.repo_digests.iter().find(|digest| {
-        digest
-            .split('@')
-            .next()
-            .is_some_and(|name| name == repository || name.ends_with(&format!("/{repository}")))
-    });
+    let same = image.repo_digests.iter().find(named);
     let config = &image.config;
     ContainerImage {
         id: image.id.clone(),
@@ -239,5 +247,58 @@ impl Images for ImageSource {
             );
             Vec::new()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(repo_digests: &[&str]) -> Image {
+        Image {
+            id: "sha256:aa".into(),
+            repo_tags: Vec::new(),
+            repo_digests: repo_digests
+                .iter()
+                .map(|digest| (*digest).to_owned())
+                .collect(),
+            size_bytes: 0,
+            config: Default::default(),
+            manifest_digest: berth_image_service::digest::Digest::sha256(b""),
+            layers: Vec::new(),
+            uid: None,
+            username: String::new(),
+            pinned: false,
+        }
+    }
+
+    #[test]
+    fn the_digest_is_of_the_repository_that_was_asked_for() {
+        let image = image(&[
+            "a.test:5000/x/app@sha256:11",
+            "docker.io/library/busybox@sha256:22",
+        ]);
+        for (asked, digest) in [
+            ("busybox", "docker.io/library/busybox@sha256:22"),
+            ("busybox:1.36", "docker.io/library/busybox@sha256:22"),
+            (
+                "docker.io/library/busybox@sha256:22",
+                "docker.io/library/busybox@sha256:22",
+            ),
+            ("a.test:5000/x/app", "a.test:5000/x/app@sha256:11"),
+            ("a.test:5000/x/app:2", "a.test:5000/x/app@sha256:11"),
+            ("sha256:aa", "a.test:5000/x/app@sha256:11"),
+        ] {
+            assert_eq!(
+                container_image(&image, asked).repo_digest,
+                digest,
+                "{asked}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_image_of_no_registry_is_named_by_its_id() {
+        assert_eq!(container_image(&image(&[]), "aa").repo_digest, "sha256:aa");
     }
 }

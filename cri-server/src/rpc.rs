@@ -94,13 +94,17 @@ pub fn status(error: &SandboxError) -> Status {
     Status::new(code, error.chain())
 }
 
-/// An error and its causes, joined by ": ".
+/// An error and its causes, joined by ": ". A library's error that repeats its
+/// cause in its own text is not repeated once more.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
         cause = error.source();
     }
     text

@@ -160,6 +160,7 @@ async fn run(layout: Layout, config: Config, log: logging::Handle) -> Result<(),
         version = env!("CARGO_PKG_VERSION"),
         socket = %daemon.places.socket.display(),
         state = %daemon.places.lib.display(),
+        cgroup_driver = ?daemon.sandboxes.cgroups().driver(),
         "serving"
     );
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {

@@ -8,6 +8,8 @@
 #![allow(deprecated)]
 
 pub mod answer;
+#[cfg(test)]
+mod answer_tests;
 pub mod container;
 pub mod field;
 pub mod filter;

@@ -29,7 +29,7 @@ fn info(container: &ContainerRecord) -> HashMap<String, String> {
     let info = json!({
         "sandboxID": container.pod,
         "pid": container.state.pid().unwrap_or(0),
-        "state": format!("{:?}", container.state),
+        "state": container.state,
         "message": container.message,
         "image": container.image.id,
         "imageRef": container.image.repo_digest,

@@ -41,7 +41,7 @@ pub fn pod_sandbox_status(
 
 fn info(daemon: &Daemon, pod: &PodRecord) -> HashMap<String, String> {
     let info = json!({
-        "state": format!("{:?}", pod.state),
+        "state": pod.state,
         "message": pod.message,
         "runDirectory": daemon.places.run.join("sandboxes").join(pod.id.as_str()),
         "cgroup": pod.cgroup,
