@@ -10,11 +10,14 @@
 //! after a crash it is undone. One in Stopping is finished in the background.
 //! Source: CRI `PodSandboxState`.
 
+use crate::cgroup::Parent;
 use crate::id::PodId;
-use crate::pod_spec::PodSpec;
+use crate::pod_spec::{PodName, PodNamespaces, PodSecurity, PodSpec};
 use berth_store::Record;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 /// Where a pod is in its life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,11 +96,70 @@ pub struct PodRecord {
     pub network: Option<serde_json::Value>,
     /// The cgroup that containers are made below.
     #[serde(default)]
-    pub cgroup: Option<crate::cgroup::Parent>,
+    pub cgroup: Option<Parent>,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,
+    /// Made up for a record that cannot be read; the file stays until the pod is stopped.
+    #[serde(skip)]
+    pub unreadable: bool,
 }
+
+impl PodRecord {
+    /// What can be said of a pod whose record is damaged: the ID, and what the
+    /// labels of one of its containers say of its name. It is not ready, so the
+    /// kubelet stops it and makes a new one, and nothing of it is lost to view.
+    pub fn unreadable(id: PodId, labels: &BTreeMap<String, String>, parent: Option<&str>) -> Self {
+        let label = |key: &str| labels.get(key).cloned().unwrap_or_default();
+        let known = |key: &&String| POD_LABELS.contains(&key.as_str());
+        let name = PodName {
+            name: label(POD_LABELS[0]),
+            namespace: label(POD_LABELS[1]),
+            uid: label(POD_LABELS[2]),
+            attempt: 0,
+        };
+        let labels = labels.iter().filter(|(key, _)| known(key));
+        Self {
+            id,
+            spec: PodSpec {
+                name,
+                hostname: String::new(),
+                log_directory: PathBuf::new(),
+                dns: None,
+                port_mappings: Vec::new(),
+                labels: labels
+                    .map(|(key, value)| (key.clone(), value.clone()))
+                    .collect(),
+                annotations: BTreeMap::new(),
+                cgroup_parent: String::new(),
+                sysctls: BTreeMap::new(),
+                namespaces: PodNamespaces::default(),
+                overhead: None,
+                resources: None,
+                security: PodSecurity::default(),
+                runtime_handler: String::new(),
+            },
+            state: PodState::Stopping,
+            created_at: 0,
+            boot_id: String::new(),
+            ips: Vec::new(),
+            network: None,
+            cgroup: parent.map(|path| Parent {
+                path: path.to_owned(),
+                made: Vec::new(),
+            }),
+            message: "the pod's record cannot be read".into(),
+            unreadable: true,
+        }
+    }
+}
+
+/// What the kubelet labels a pod's sandbox and its containers with.
+const POD_LABELS: [&str; 3] = [
+    "io.kubernetes.pod.name",
+    "io.kubernetes.pod.namespace",
+    "io.kubernetes.pod.uid",
+];
 
 impl Record for PodRecord {
     const KIND: &'static str = "pod";

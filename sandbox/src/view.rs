@@ -84,6 +84,7 @@ impl Objects {
         std::fs::create_dir_all(&dir).map_err(|error| refuse(&dir, error))?;
         let mut view = View::default();
         let mut unreadable = Vec::new();
+        let mut damaged = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(|error| refuse(&dir, error))? {
             let path = entry.map_err(|error| refuse(&dir, error))?.path();
             match record::load::<PodRecord>(&path.join("pod.rec")) {
@@ -97,7 +98,7 @@ impl Objects {
                         path: path.clone(),
                         error: error.into(),
                     });
-                    continue;
+                    damaged.push(path.clone());
                 }
             }
             let Ok(entries) = std::fs::read_dir(path.join("containers")) else {
@@ -119,6 +120,29 @@ impl Objects {
                     }),
                 }
             }
+        }
+        for path in damaged {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            let Ok(id) = name.parse::<PodId>() else {
+                continue;
+            };
+            let container = view
+                .containers
+                .values()
+                .find(|container| container.pod == id);
+            let labels = container.map(|container| container.spec.labels.clone());
+            let cgroup = container.and_then(|container| container.cgroup.as_ref());
+            let pod = PodRecord::unreadable(
+                id,
+                &labels.unwrap_or_default(),
+                cgroup
+                    .and_then(|cgroup| cgroup.path().rsplit_once('/'))
+                    .map(|(parent, _)| parent),
+            );
+            view.pods.insert(pod.id.to_string(), Arc::new(pod));
         }
         let objects = Self {
             dir,

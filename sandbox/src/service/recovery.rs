@@ -8,6 +8,7 @@
 //! | pod Ready | its monitor answers | as it was, containers as the monitor knows them |
 //! | pod Ready | no monitor | stopped; containers by their exit records, else MonitorLost |
 //! | pod Stopping, Removing | anything | finished in the background |
+//! | pod, damaged | anything | NOTREADY, kept until it is stopped or removed by its ID |
 //! | container Creating | anything | removed |
 //! | container Starting | the monitor does not know it | Created: the start can be repeated |
 //!
@@ -69,7 +70,7 @@ pub(super) async fn recover(inner: &Arc<Inner>, unreadable: Vec<Unreadable>) {
 }
 
 async fn adopt(inner: &Arc<Inner>, pod: &Arc<PodRecord>) {
-    let rebooted = pod.boot_id != inner.boot_id;
+    let rebooted = pod.boot_id != inner.boot_id && !pod.unreadable;
     if rebooted {
         end_with_the_node(inner, pod).await;
     }
@@ -87,6 +88,8 @@ async fn adopt(inner: &Arc<Inner>, pod: &Arc<PodRecord>) {
         PodState::Creating => inner.undo_pod(&pod.id).await,
         PodState::Ready if rebooted => finish_stop(inner, &pod.id).await,
         PodState::Ready => adopt_ready(inner, pod).await,
+        // It is stopped when somebody says so: what runs in it may be all that is left of it.
+        PodState::Stopping if pod.unreadable => adopt_ready(inner, pod).await,
         PodState::Stopping => finish_stop(inner, &pod.id).await,
         PodState::Stopped => {}
         PodState::Removing => {

@@ -66,6 +66,7 @@ impl Inner {
             network: None,
             cgroup: None,
             message: String::new(),
+            unreadable: false,
         };
         let me = self.clone();
         let pod = blocking(move || me.objects.insert_pod(pod)).await?;
@@ -102,7 +103,7 @@ impl Inner {
         stage.enter("cgroup");
         let (me, record) = (self.clone(), pod.clone());
         blocking(move || {
-            let own = format!("{}/pod-{}", me.cgroups.default_parent(), record.id);
+            let own = me.own_cgroup(&record.id);
             let given = &record.spec.cgroup_parent;
             let path = if given.is_empty() { &own } else { given };
             let parent = me
@@ -157,6 +158,11 @@ impl Inner {
         .await?;
         crash::point("run_pod.ready");
         Ok(())
+    }
+
+    /// The cgroup of a pod whose caller names none.
+    pub(super) fn own_cgroup(&self, id: &PodId) -> String {
+        format!("{}/pod-{id}", self.cgroups.default_parent())
     }
 
     /// Connects to the pod's monitor and keeps the connection.

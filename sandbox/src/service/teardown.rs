@@ -9,13 +9,13 @@ use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
 use crate::id::PodId;
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, MonitorError};
 use crate::operation::{Stage, lock};
 use crate::pod::{PodEvent, PodRecord, PodState};
 use crate::pod_files;
 use crate::pod_spec::Namespace;
 use berth_netplugin::network::DetachRequest;
-use berth_proto::monitor_v1::{self, request};
+use berth_proto::monitor_v1::{self, reply, request};
 use berth_store::crash;
 use futures_util::future::join_all;
 use std::sync::Arc;
@@ -24,6 +24,9 @@ use std::time::Duration;
 /// How long a killed container may take to end before the teardown says so:
 /// one in uninterruptible sleep cannot be helped.
 pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long until a monitor is told again to end that had a container left to reap.
+const SHUTDOWN_AGAIN: Duration = Duration::from_millis(20);
 
 /// How long a monitor that has nothing left to do may take to end.
 const MONITOR_END: Duration = Duration::from_secs(5);
@@ -267,15 +270,8 @@ impl Inner {
                 }
             }
         };
-        let shutdown = request::Body::Shutdown(monitor_v1::Shutdown {});
-        if let Err(error) = monitor.tell(shutdown, Vec::new()).await {
+        if let Err(error) = shut_down(&monitor).await {
             tracing::warn!(pod = %id, error = &error as &dyn std::error::Error, "the monitor does not end");
-        }
-        if tokio::time::timeout(MONITOR_END, monitor.ended())
-            .await
-            .is_err()
-        {
-            tracing::warn!(pod = %id, "the monitor has not ended yet");
         }
     }
 
@@ -293,11 +289,21 @@ impl Inner {
                     return Err(SandboxError::caused(Kind::Internal, text, error));
                 }
             }
-            if let Some(parent) = &pod.cgroup {
-                me.cgroups.remove_parent(parent).map_err(internal(format!(
+            let failed = || {
+                internal(format!(
                     "cannot remove the cgroup of pod sandbox {}",
                     pod.id
-                )))?;
+                ))
+            };
+            // All of it where it is the pod's own: a container with a damaged record is in there too.
+            let own = me.cgroups.at(&me.own_cgroup(&pod.id)).map_err(failed())?;
+            if own.exists() {
+                own.kill_all(KILL_DEADLINE)
+                    .and_then(|()| own.remove(KILL_DEADLINE))
+                    .map_err(failed())?;
+            }
+            if let Some(parent) = &pod.cgroup {
+                me.cgroups.remove_parent(parent).map_err(failed())?;
             }
             Ok(())
         })
@@ -344,6 +350,33 @@ impl Inner {
         })
         .await
     }
+}
+
+/// Ends a monitor. Containers it still has are those whose records are damaged.
+async fn shut_down(monitor: &Monitor) -> std::result::Result<(), MonitorError> {
+    let until = tokio::time::Instant::now() + MONITOR_END;
+    loop {
+        let shutdown = request::Body::Shutdown(monitor_v1::Shutdown {});
+        match monitor.tell(shutdown, Vec::new()).await {
+            Ok(()) | Err(MonitorError::Lost) => break,
+            Err(error) if tokio::time::Instant::now() > until => return Err(error),
+            Err(_) => {}
+        }
+        let inspect = request::Body::Inspect(monitor_v1::Inspect {});
+        if let (reply::Body::State(state), _) = monitor.ask(inspect, Vec::new()).await? {
+            for container in state
+                .containers
+                .iter()
+                .filter(|container| container.exited.is_none())
+            {
+                let _ = signal(monitor, &container.container_id, libc_sigkill()).await;
+            }
+        }
+        tokio::time::sleep(SHUTDOWN_AGAIN).await;
+    }
+    tokio::time::timeout_at(until, monitor.ended())
+        .await
+        .map_err(|_| MonitorError::Silent)
 }
 
 fn state_word(state: &ContainerState) -> &'static str {
