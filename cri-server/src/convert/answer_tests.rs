@@ -7,6 +7,7 @@ use berth_sandbox::container_spec::SeccompProfile;
 use berth_sandbox::image::ContainerImage;
 use berth_sandbox::pod::{PodRecord, PodState};
 use berth_sandbox::{ContainerId, PodId};
+use serde_json::json;
 
 fn node() -> NodeFacts {
     NodeFacts {
@@ -39,17 +40,16 @@ fn pod(state: PodState) -> PodRecord {
         config: Some(pod_config()),
         runtime_handler: "berth".into(),
     };
-    PodRecord {
-        id: PodId::random().unwrap(),
-        spec: pod_spec(&request, &node()).unwrap(),
-        state,
-        created_at: 5,
-        boot_id: String::new(),
-        ips: vec!["10.187.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
-        network: None,
-        cgroup: None,
-        message: String::new(),
-    }
+    // As from disk: fields that do not matter here take their defaults.
+    let record = json!({
+        "id": PodId::random().unwrap(),
+        "spec": pod_spec(&request, &node()).unwrap(),
+        "state": state,
+        "created_at": 5,
+        "boot_id": "",
+        "ips": ["10.187.0.2", "fd00::2"],
+    });
+    serde_json::from_value(record).unwrap()
 }
 
 fn container_config() -> cri::ContainerConfig {
@@ -78,23 +78,22 @@ fn container_config() -> cri::ContainerConfig {
 
 fn container(state: ContainerState) -> ContainerRecord {
     let pod = pod(PodState::Ready);
-    ContainerRecord {
-        id: ContainerId::random().unwrap(),
-        spec: container_spec(Some(&container_config()), &pod.spec, &node()).unwrap(),
-        pod: pod.id,
-        image: ContainerImage {
-            id: "sha256:aa".into(),
-            repo_digest: "registry.test/nginx@sha256:bb".into(),
-            ..Default::default()
-        },
-        state,
-        created_at: 5,
-        log_path: "/var/log/nginx.log".into(),
-        identity: None,
-        stop_signal: 15,
-        cgroup: None,
-        message: String::new(),
-    }
+    let image = ContainerImage {
+        id: "sha256:aa".into(),
+        repo_digest: "registry.test/nginx@sha256:bb".into(),
+        ..Default::default()
+    };
+    let record = json!({
+        "id": ContainerId::random().unwrap(),
+        "pod": pod.id,
+        "spec": container_spec(Some(&container_config()), &pod.spec, &node()).unwrap(),
+        "image": image,
+        "state": state,
+        "created_at": 5,
+        "log_path": "/var/log/nginx.log",
+        "stop_signal": 15,
+    });
+    serde_json::from_value(record).unwrap()
 }
 
 fn exited() -> ContainerState {
