@@ -150,9 +150,15 @@ fn make(request: &proto::MakeNamespaces) -> Result<(Made, Vec<OwnedFd>), Failed>
             sibling: true,
             ..Options::default()
         };
+        let (ours, theirs) = status::pair().step("socketpair", "")?;
         match clone::fork(options).step("clone", "pod init")? {
-            Forked::Child => process::child(Vec::new(), pod_init),
-            Forked::Parent { pid, .. } => made.init = pid,
+            Forked::Child => process::child(vec![theirs.as_raw_fd()], move || pod_init(theirs)),
+            Forked::Parent { pid, .. } => {
+                drop(theirs);
+                made.init = pid;
+                // No container may see it before it has hidden itself.
+                expect_ready(&ours)?;
+            }
         }
     }
     Ok((made, fds))
@@ -213,13 +219,19 @@ fn expect_ready(socket: &OwnedFd) -> Result<(), Failed> {
     }
 }
 
-/// Process 1 of a shared PID namespace.
-fn pod_init() -> i32 {
+/// Process 1 of a shared PID namespace; `maker` hears when it has hidden itself.
+fn pod_init(maker: OwnedFd) -> i32 {
     // If the monitor is gone, so is who knows the containers: all of them end.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"berth-pod-init");
-    if hide().is_err() {
+    if let Err(failed) = hide() {
+        let _ = status::send(&maker, &Note::Failed(failed));
+        return 1;
+    }
+    let told = status::send(&maker, &Note::Ready);
+    drop(maker);
+    if told.is_err() {
         return 1;
     }
     let Ok(signals) = process::signal_fd(&[libc::SIGCHLD]) else {
