@@ -36,6 +36,11 @@ fn build() -> Result<PathBuf> {
         .skip(1)
         .find(|dir| !dir.ends_with("deps"))
         .context("this test is not in a target folder")?;
+    ensure!(
+        profile.with_file_name("CACHEDIR.TAG").exists(),
+        "{} is not in a target folder: say with {VARIABLE} where the programs are",
+        this.display()
+    );
     // Test programs run side by side; cargo would build for each of them.
     let lock = File::create(profile.join(".berth-tests-build"))?;
     lock.lock()?;

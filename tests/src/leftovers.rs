@@ -48,11 +48,10 @@ impl Footprint {
     }
 
     /// Pids of the node that are nobody's child any more: monitors and what they
-    /// started, found by the root in their command line or environment, or by
+    /// started, found by the root in what they were given or hold open, or by
     /// their cgroup. `except` is the daemon.
     pub fn processes(&self, except: Option<u32>) -> Vec<i32> {
         let mut pids = self.cgroup_processes();
-        let root = self.root.as_os_str().as_encoded_bytes();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = entry
                 .file_name()
@@ -61,11 +60,7 @@ impl Footprint {
             else {
                 continue;
             };
-            let names_root = |file: &str| {
-                fs::read(entry.path().join(file))
-                    .is_ok_and(|text| text.windows(root.len()).any(|part| part == root))
-            };
-            if is_monitor(&entry.path()) && (names_root("cmdline") || names_root("environ")) {
+            if is_berths(&entry.path()) && self.is_named_by(&entry.path()) {
                 pids.push(pid);
             }
         }
@@ -75,6 +70,22 @@ impl Footprint {
         // A zombie is its parent's to collect and holds nothing.
         pids.retain(|pid| Some(*pid) != except && !is_zombie(*pid));
         pids
+    }
+
+    /// Whether a process has the root in its arguments, environment or open files.
+    fn is_named_by(&self, proc: &Path) -> bool {
+        let root = self.root.as_os_str().as_encoded_bytes();
+        let in_text = |file: &str| {
+            fs::read(proc.join(file))
+                .is_ok_and(|text| text.windows(root.len()).any(|part| part == root))
+        };
+        let mut files = fs::read_dir(proc.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        in_text("cmdline")
+            || in_text("environ")
+            || files.any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(&self.root)))
     }
 
     /// Mount points below the root, deepest last. `/proc/self/mountinfo` is the
@@ -94,15 +105,18 @@ impl Footprint {
             .into_iter()
             .flatten()
             .flatten();
-        entries
-            .map(|e| format!("{below}/{}", e.file_name().display()))
+        let names = entries.map(|e| e.file_name().display().to_string());
+        // Locks and the like stay.
+        names
+            .filter(|name| !name.starts_with('.'))
+            .map(|name| format!("{below}/{name}"))
             .collect()
     }
 
     /// Kills, unmounts and removes all of it. Goes on past failures: what cannot
     /// be removed is found by the next run.
     pub fn erase(&self) {
-        // Twice: what forks while it is being killed leaves children.
+        // What forks while it is being killed leaves children.
         for _ in 0..100 {
             let pids = self.processes(None);
             if pids.is_empty() {
@@ -182,10 +196,11 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
 /// The built-in network's bridge: made with the first pod, kept from then on.
 const BRIDGE: &str = "berth0";
 
-fn is_monitor(proc: &Path) -> bool {
-    fs::read_to_string(proc.join("comm")).is_ok_and(|comm| comm.starts_with("berth"))
-        || fs::read_link(proc.join("exe"))
-            .is_ok_and(|exe| exe.display().to_string().contains("berth-monitor"))
+fn is_berths(proc: &Path) -> bool {
+    fs::read_link(proc.join("exe"))
+        .ok()
+        .and_then(|exe| Some(exe.file_name()?.to_string_lossy().starts_with("berth")))
+        .unwrap_or(false)
 }
 
 fn is_zombie(pid: i32) -> bool {

@@ -73,11 +73,6 @@ fn a_pod_without_a_name() {
 }
 
 #[test]
-fn a_pod_without_a_uid() {
-    invalid(&refused_pod(|config| metadata(config).uid.clear()));
-}
-
-#[test]
 fn a_pod_without_a_namespace() {
     invalid(&refused_pod(|config| metadata(config).namespace.clear()));
 }
@@ -516,7 +511,7 @@ fn image_references_that_are_none() {
     let node = Node::start();
     for reference in [
         "",
-        "UPPER/case:1",
+        "127.0.0.1:1/UPPER:1",
         "a//b",
         "../../etc",
         "name:tag:tag",

@@ -31,7 +31,7 @@ fn created_started_exited_removed() {
     assert!(status.started_at >= status.created_at);
     assert_eq!(status.finished_at, 0);
 
-    container.stop(10).unwrap();
+    container.stop(1).unwrap();
     let status = container.status();
     assert_eq!(status.state(), ContainerState::ContainerExited);
     assert!(status.finished_at >= status.started_at);
@@ -96,6 +96,17 @@ fn exit_codes_and_reasons_are_told() {
         );
         assert!(status.finished_at >= status.started_at);
     }
+}
+
+#[test]
+fn a_container_killed_from_outside_ends_with_its_signal() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let container = pod.start(&["sleep", "1000"]);
+    let pid = nix::unistd::Pid::from_raw(container.init_pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let status = container.wait_for_exit();
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
 }
 
 #[test]
@@ -176,7 +187,7 @@ fn environment_is_the_images_then_the_containers_and_values_are_bytes() {
     config.image = Some(spec(&reference));
     config.env("BOTH", b"mine");
     config.env("BYTES", b"\xff\xfe");
-    config.env("with.dots-and=equals", b"a=b");
+    config.env("with.dots and-dashes", b"a=b");
     config.env("EMPTY", b"");
     let text = pod.output_as(config);
     let hex = |value: &str| {
@@ -239,11 +250,13 @@ fn a_program_that_may_not_be_run_fails_the_start_and_names_itself() {
 fn a_container_starts_once() {
     let node = Node::start();
     let pod = node.run_pod("web");
-    let container = pod.start(&["sleep", "1000"]);
+    let container = pod.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+    container.wait_for_log("up");
     let pid = container.init_pid();
-    let err = container.start().unwrap_err();
-    assert_eq!(err.code(), Code::FailedPrecondition, "{err:?}");
+    // A retry of a call that was answered too late joins what it started.
+    container.start().unwrap();
     assert_eq!(container.init_pid(), pid);
+    assert_eq!(container.stdout(), "up\n");
     container.stop(0).unwrap();
     assert_eq!(
         container.start().unwrap_err().code(),

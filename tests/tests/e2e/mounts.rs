@@ -147,7 +147,7 @@ fn a_volume_may_be_a_symlink_on_the_host() {
     let pod = node.run_pod("web");
     let mut config = pod.container(&["cat", "/volume/note"]);
     config.mount(&link, "/volume");
-    assert_eq!(pod.output_as(config), "followed");
+    assert_eq!(pod.output_as(config).trim_end(), "followed");
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn mounts_below_a_volume_are_there_too() {
     let pod = node.run_pod("web");
     let mut config = pod.container(&["cat", "/volume/below/note"]);
     config.mount(&volume, "/volume");
-    assert_eq!(pod.output_as(config), "below");
+    assert_eq!(pod.output_as(config).trim_end(), "below");
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn later_mounts_lie_over_earlier_ones_whatever_their_order_in_the_request() {
     let mut config = pod.container(&["cat", "/volume/sub/note"]);
     config.mount(&inner, "/volume/sub");
     config.mount(&outer, "/volume");
-    assert_eq!(pod.output_as(config), "inner");
+    assert_eq!(pod.output_as(config).trim_end(), "inner");
 }
 
 #[test]

@@ -183,10 +183,11 @@ fn a_damaged_record_costs_itself_alone() {
     let container = well.start(&["sleep", "1000"]);
     node.kill_daemon();
     let record = node.root().join("lib/pods").join(&hurt.id).join("pod.rec");
-    let mut bytes = fs::read(&record).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 0xff;
-    fs::write(&record, bytes).unwrap();
+    let whole = fs::read(&record).unwrap();
+    let mut damaged = whole.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 0xff;
+    fs::write(&record, &damaged).unwrap();
     node.start_daemon();
     assert!(well.is_ready());
     assert_eq!(container.state(), ContainerState::ContainerRunning);
@@ -195,7 +196,17 @@ fn a_damaged_record_costs_itself_alone() {
         "the damage is told:\n{}",
         node.log()
     );
-    // What is left of it can be removed by its ID.
-    hurt.try_stop().unwrap();
-    hurt.try_remove().unwrap();
+    assert!(
+        node.operations()
+            .pending
+            .iter()
+            .any(|p| p.subject.contains(&hurt.id))
+    );
+    // What could not be read was kept as it is: mended, the pod is back.
+    assert_eq!(fs::read(&record).unwrap(), damaged);
+    node.kill_daemon();
+    fs::write(&record, whole).unwrap();
+    node.start_daemon();
+    assert!(hurt.is_ready());
+    hurt.remove();
 }
