@@ -20,6 +20,11 @@ impl<'n> Pod<'n> {
     /// A container of the base image that runs `command`, logs to NAME.log and is
     /// otherwise as the kubelet asks by default. Change what the test is about.
     pub fn container(&self, command: &[&str]) -> ContainerConfig {
+        self.container_of(&self.node.base_image(), command)
+    }
+
+    /// The same with another image, which has to be there.
+    pub fn container_of(&self, image: &str, command: &[&str]) -> ContainerConfig {
         let name = self.node.fresh("c");
         let mut namespaces = crate::node::pod_namespaces();
         if let Some(options) = self.namespace_options() {
@@ -32,7 +37,7 @@ impl<'n> Pod<'n> {
                 name: name.clone(),
                 attempt: 0,
             }),
-            image: Some(spec(&self.node.base_image())),
+            image: Some(spec(image)),
             command: command.iter().map(|&word| word.to_owned()).collect(),
             log_path: format!("{name}.log"),
             linux: Some(LinuxContainerConfig {

@@ -19,9 +19,7 @@ fn refused(text: &str) -> String {
     assert!(!check.status.success(), "config check took\n{text}");
     let serve = berth(&["serve", "--root", root]);
     assert!(!serve.status.success(), "serve took\n{text}");
-    let said = String::from_utf8_lossy(&check.stderr).into_owned()
-        + &String::from_utf8_lossy(&check.stdout);
-    said
+    String::from_utf8_lossy(&check.stderr).into_owned() + &String::from_utf8_lossy(&check.stdout)
 }
 
 #[test]

@@ -1,0 +1,68 @@
+# make build | test | test-vm | test-vm-all | demo | bench | fmt | lint | docs | clean
+# Everything that runs containers needs root. PROFILE=release for an optimised build.
+
+PROFILE ?= dev
+MUSL    := x86_64-unknown-linux-musl
+TARGET  := $(or $(CARGO_TARGET_DIR),target)
+BUILT   := $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+# What is run and tested: berth, berth-bridge, and the static monitor beside them.
+BIN     := $(TARGET)/bin/$(PROFILE)
+# Packages that supply the programs the build and the tests use.
+PACKAGES := gcc libc6-dev iproute2 nftables conntrack busybox-static docker-registry e2fsprogs
+
+export BERTH_BIN_DIR = $(abspath $(BIN))
+# Stands in every panic's way of being read; set it when one is not understood.
+export RUST_BACKTRACE ?= 0
+
+.PHONY: all setup build fmt lint docs test unit e2e test-vm test-vm-all demo bench clean
+all: build
+
+setup:
+	@tests/setup $(PACKAGES)
+	@rustup target list --installed | grep -qx $(MUSL) || rustup target add $(MUSL)
+
+build: setup
+	cargo build --locked --profile $(PROFILE) --bins
+	cargo build --locked --profile monitor --target $(MUSL) -p berth-monitor
+	@mkdir -p $(BIN)
+	@for file in $(BUILT)/berth $(BUILT)/berth-bridge $(TARGET)/$(MUSL)/monitor/berth-monitor; do \
+		install -m 755 $$file $(BIN)/; done
+
+fmt:
+	cargo fmt --all
+
+lint: setup
+	cargo fmt --all -- --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+docs:
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+
+# Everything that does not start a daemon.
+unit: build
+	cargo test --locked --workspace --exclude berth-tests
+	cargo test --locked -p berth-tests --lib
+
+# The suites against a running Berth, on this machine's kernel.
+e2e: build
+	cargo test --locked -p berth-tests --test e2e
+
+# The same suites on Debian's kernel with cgroup v2 and systemd: a core set, or all.
+test-vm: build
+	tests/vm/suites core
+
+test-vm-all: build
+	tests/vm/suites all
+
+test: lint
+	tests/run-all
+
+demo: build
+	@$(BUILT)/demo
+
+bench:
+	$(MAKE) PROFILE=release build
+	@echo "$(TARGET)/release/berth-bench --help"
+
+clean:
+	cargo clean
