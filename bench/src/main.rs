@@ -1,1 +1,246 @@
-fn main() {}
+//! Times pod starts and execs over CRI, several runtimes side by side.
+//!
+//! Every round does the same on each socket in turn, so a machine that gets
+//! slower gets slower for all of them; what is to be read are the ratios.
+
+use anyhow::{Context as _, Result, bail};
+use berth_proto::runtime_v1 as cri;
+use clap::{Parser, Subcommand};
+use cri::runtime_service_client::RuntimeServiceClient;
+use hyper_util::rt::TokioIo;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tonic::transport::{Channel, Endpoint};
+
+/// Times a runtime over CRI; with several sockets, one against the other.
+#[derive(Parser)]
+#[command(name = "berth-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+    /// A runtime's CRI socket; give it again for each runtime.
+    #[arg(long = "socket", required = true, global = true)]
+    sockets: Vec<PathBuf>,
+    /// An image that every runtime has, with sh and sleep in it.
+    #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2", global = true)]
+    image: String,
+    /// Rounds.
+    #[arg(short = 'n', default_value_t = 50, global = true)]
+    rounds: usize,
+    /// Pods that run meanwhile, on each runtime.
+    #[arg(long, default_value_t = 0, global = true)]
+    beside: usize,
+}
+
+#[derive(Subcommand, Clone, Copy)]
+enum What {
+    /// RunPodSandbox to StartContainer answered, and each call of it.
+    Start,
+    /// ExecSync of `true` in a running container.
+    Exec,
+}
+
+struct Runtime {
+    name: String,
+    client: RuntimeServiceClient<Channel>,
+    parent: String,
+}
+
+/// Milliseconds of one round, by what was timed.
+type Times = Vec<(&'static str, f64)>;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let mut runtimes = Vec::new();
+    for socket in &arguments.sockets {
+        runtimes.push(connect(socket).await?);
+    }
+    let mut all: Vec<Vec<Times>> = vec![Vec::new(); runtimes.len()];
+    let mut beside = Vec::new();
+    for runtime in &mut runtimes {
+        for number in 0..arguments.beside {
+            let pod = run_pod(runtime, &format!("beside-{number}")).await?;
+            start(runtime, &pod, &arguments.image).await?;
+            beside.push(pod.id);
+        }
+    }
+    // The first round warms caches and is not counted.
+    for round in 0..=arguments.rounds {
+        for (runtime, all) in runtimes.iter_mut().zip(&mut all) {
+            let times = match arguments.what {
+                What::Start => time_start(runtime, &arguments.image, round).await,
+                What::Exec => time_exec(runtime, &arguments.image, round).await,
+            };
+            let times = times.with_context(|| format!("round {round} on {}", runtime.name))?;
+            if round > 0 {
+                all.push(times);
+            }
+        }
+    }
+    for runtime in &mut runtimes {
+        for pod in &beside {
+            // Each pod is one runtime's; the others take removing what is not there as done.
+            let _ = remove(runtime, pod).await;
+        }
+    }
+    report(&runtimes, &all);
+    Ok(())
+}
+
+async fn connect(socket: &Path) -> Result<Runtime> {
+    let path = socket.to_owned();
+    let dial = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    let channel = Endpoint::from_static("http://cri.invalid")
+        .timeout(Duration::from_secs(120))
+        .connect_with_connector(dial)
+        .await
+        .with_context(|| format!("nobody answers at {}", socket.display()))?;
+    let mut client = RuntimeServiceClient::new(channel);
+    let version = client.version(cri::VersionRequest::default()).await?.into_inner();
+    let name = format!("{} {}", version.runtime_name, version.runtime_version);
+    Ok(Runtime { name, client, parent: "/berth-bench".into() })
+}
+
+struct Pod {
+    id: String,
+    config: cri::PodSandboxConfig,
+}
+
+async fn run_pod(runtime: &mut Runtime, name: &str) -> Result<Pod> {
+    let unique = format!("{name}-{}", std::process::id());
+    let config = cri::PodSandboxConfig {
+        metadata: Some(cri::PodSandboxMetadata {
+            name: unique.clone(),
+            uid: unique,
+            namespace: "bench".into(),
+            attempt: 0,
+        }),
+        linux: Some(cri::LinuxPodSandboxConfig {
+            cgroup_parent: runtime.parent.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let request =
+        cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+    let id = runtime.client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+    Ok(Pod { id, config })
+}
+
+fn container(pod: &Pod, image: &str) -> cri::CreateContainerRequest {
+    let seccomp = cri::SecurityProfile {
+        profile_type: cri::security_profile::ProfileType::RuntimeDefault.into(),
+        localhost_ref: String::new(),
+    };
+    let security =
+        cri::LinuxContainerSecurityContext { seccomp: Some(seccomp), ..Default::default() };
+    cri::CreateContainerRequest {
+        pod_sandbox_id: pod.id.clone(),
+        config: Some(cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata { name: "main".into(), attempt: 0 }),
+            image: Some(cri::ImageSpec { image: image.into(), ..Default::default() }),
+            command: vec!["sleep".into(), "1000".into()],
+            linux: Some(cri::LinuxContainerConfig {
+                security_context: Some(security),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        sandbox_config: Some(pod.config.clone()),
+    }
+}
+
+async fn start(runtime: &mut Runtime, pod: &Pod, image: &str) -> Result<String> {
+    let created = runtime.client.create_container(container(pod, image)).await?;
+    let container_id = created.into_inner().container_id;
+    let request = cri::StartContainerRequest { container_id: container_id.clone() };
+    runtime.client.start_container(request).await?;
+    Ok(container_id)
+}
+
+async fn remove(runtime: &mut Runtime, pod: &str) -> Result<()> {
+    let pod_sandbox_id = pod.to_owned();
+    runtime
+        .client
+        .stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() })
+        .await?;
+    runtime
+        .client
+        .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id })
+        .await?;
+    Ok(())
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+async fn time_start(runtime: &mut Runtime, image: &str, round: usize) -> Result<Times> {
+    let begin = Instant::now();
+    let pod = run_pod(runtime, &format!("start-{round}")).await?;
+    let ran = milliseconds(begin);
+    let created = runtime.client.create_container(container(&pod, image)).await?;
+    let made = milliseconds(begin);
+    let request =
+        cri::StartContainerRequest { container_id: created.into_inner().container_id };
+    runtime.client.start_container(request).await?;
+    let whole = milliseconds(begin);
+    let begin = Instant::now();
+    remove(runtime, &pod.id).await?;
+    Ok(vec![
+        ("pod start", whole),
+        ("  RunPodSandbox", ran),
+        ("  CreateContainer", made - ran),
+        ("  StartContainer", whole - made),
+        ("stop and remove", milliseconds(begin)),
+    ])
+}
+
+async fn time_exec(runtime: &mut Runtime, image: &str, round: usize) -> Result<Times> {
+    let pod = run_pod(runtime, &format!("exec-{round}")).await?;
+    let container_id = start(runtime, &pod, image).await?;
+    let begin = Instant::now();
+    let request =
+        cri::ExecSyncRequest { container_id, cmd: vec!["true".into()], timeout: 10 };
+    let answer = runtime.client.exec_sync(request).await?.into_inner();
+    let took = milliseconds(begin);
+    remove(runtime, &pod.id).await?;
+    if answer.exit_code != 0 {
+        bail!("the command ended with {}", answer.exit_code);
+    }
+    Ok(vec![("exec of true", took)])
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn report(runtimes: &[Runtime], all: &[Vec<Times>]) {
+    let medians: Vec<Vec<(&str, f64)>> = all
+        .iter()
+        .map(|rounds| {
+            let names = rounds[0].iter().map(|(name, _)| *name).enumerate();
+            names
+                .map(|(at, name)| (name, median(rounds.iter().map(|r| r[at].1).collect())))
+                .collect()
+        })
+        .collect();
+    println!("medians of {} rounds, in ms", all[0].len());
+    for (runtime, medians) in runtimes.iter().zip(&medians) {
+        println!("\n{}", runtime.name);
+        for (name, value) in medians {
+            println!("{name:<20}{value:>9.2}");
+        }
+    }
+    for (runtime, other) in runtimes.iter().zip(&medians).skip(1) {
+        println!("\n{} / {}", runtime.name, runtimes[0].name);
+        for ((name, value), (_, first)) in other.iter().zip(&medians[0]) {
+            println!("{name:<20}{:>8.1} x", value / first);
+        }
+    }
+}
