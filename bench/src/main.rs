@@ -19,7 +19,7 @@ struct Arguments {
     #[command(subcommand)]
     what: What,
     /// A runtime's CRI socket; give it again for each runtime.
-    #[arg(long = "socket", required = true, global = true)]
+    #[arg(long = "socket", global = true)]
     sockets: Vec<PathBuf>,
     /// An image that every runtime has, with sh and sleep in it.
     #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2", global = true)]
@@ -52,6 +52,9 @@ type Times = Vec<(&'static str, f64)>;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if arguments.sockets.is_empty() {
+        bail!("give at least one --socket");
+    }
     let mut runtimes = Vec::new();
     for socket in &arguments.sockets {
         runtimes.push(connect(socket).await?);

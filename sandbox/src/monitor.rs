@@ -1,7 +1,7 @@
 //! The daemon's side of a pod's monitor: spawning it, asking it, hearing from it.
 //!
 //! The daemon binds the socket and hands the listening end to the monitor as
-//! descriptor 3, so there is no moment at which the monitor runs and cannot be
+//! its standard input, so there is no moment at which the monitor runs and cannot be
 //! reached, and a later daemon finds it by path. The framing and the messages
 //! are described in `proto/protos/monitor_v1.proto`.
 

@@ -499,19 +499,14 @@ impl Cgroup {
     /// What the monitor has to know to start a process in here.
     pub fn for_monitor(&self) -> monitor_v1::Cgroup {
         let text = |path: PathBuf| path.to_string_lossy().into_owned();
-        let mut tasks_files = Vec::new();
-        let mut directory = String::new();
-        match self.version {
-            Version::V1 => {
-                tasks_files.extend(self.directories.iter().map(|d| text(d.path.join("tasks"))));
-                tasks_files.extend(
-                    self.unified
-                        .iter()
-                        .map(|path| text(path.join("cgroup.procs"))),
-                );
-            }
-            Version::V2 => directory = self.unified.clone().map(text).unwrap_or_default(),
-        }
+        // On a hybrid host too the unified hierarchy is entered by clone3: writing to a
+        // cgroup.procs waits 4 to 20 ms for every other fork and exit on the machine.
+        let directory = self.unified.clone().map(text).unwrap_or_default();
+        let tasks_files = self
+            .directories
+            .iter()
+            .map(|d| text(d.path.join("tasks")))
+            .collect();
         let kill_file = self.unified.as_ref().map(|path| path.join("cgroup.kill"));
         monitor_v1::Cgroup {
             tasks_files,

@@ -13,7 +13,8 @@ const HOST: &str = "/sys/fs/cgroup";
 
 impl Planner {
     pub(super) fn cgroup(&mut self, mount: &Mount, options: &Options) -> Result<(), LaunchError> {
-        let v2 = !self.cgroup.directory.is_empty();
+        // A hybrid host has both: v1's files, and the unified hierarchy's directory.
+        let v2 = self.cgroup.tasks_files.is_empty();
         match (v2, self.own_cgroup_namespace) {
             (true, true) => self.cgroup_v2(mount, options),
             // Mounting the hierarchy from the first cgroup namespace would set
@@ -39,8 +40,15 @@ impl Planner {
     /// A directory of controllers' names, and the container's cgroup at each.
     fn cgroup_v1(&mut self, mount: &Mount, options: &Options) -> Result<(), LaunchError> {
         let mut hierarchies = Vec::new();
-        for tasks in &self.cgroup.tasks_files {
-            hierarchies.push(hierarchy(Path::new(tasks), &self.cgroup_path)?);
+        let v1 = self
+            .cgroup
+            .tasks_files
+            .iter()
+            .filter_map(|tasks| Path::new(tasks).parent());
+        let unified =
+            Some(Path::new(&self.cgroup.directory)).filter(|dir| !dir.as_os_str().is_empty());
+        for directory in v1.chain(unified) {
+            hierarchies.push(hierarchy(directory, &self.cgroup_path)?);
         }
         let target = mount.destination().clone();
         let names = names(&hierarchies)
@@ -67,13 +75,12 @@ struct Hierarchy {
     directory: PathBuf,
 }
 
-/// Which hierarchy a `tasks` file is of: MOUNT/NAME/CGROUP/tasks.
-fn hierarchy(tasks: &Path, cgroup: &Path) -> Result<Hierarchy, LaunchError> {
+/// Which hierarchy a cgroup's directory is in: MOUNT/NAME/CGROUP.
+fn hierarchy(directory: &Path, cgroup: &Path) -> Result<Hierarchy, LaunchError> {
     let wrong = || LaunchError::Cgroup {
-        path: tasks.to_owned(),
+        path: directory.to_owned(),
         cgroup: cgroup.to_owned(),
     };
-    let directory = tasks.parent().ok_or_else(wrong)?;
     let depth = cgroup
         .strip_prefix("/")
         .unwrap_or(cgroup)
@@ -123,13 +130,13 @@ mod tests {
     use rustix::fs::{AtFlags, FileType};
 
     #[test]
-    fn a_tasks_file_names_its_hierarchy() {
+    fn a_cgroups_directory_names_its_hierarchy() {
         let cgroup = Path::new("/kubepods/pod1/berth-a");
-        let path = "/sys/fs/cgroup/cpu,cpuacct/kubepods/pod1/berth-a/tasks";
+        let path = "/sys/fs/cgroup/cpu,cpuacct/kubepods/pod1/berth-a";
         let found = hierarchy(Path::new(path), cgroup).unwrap();
         assert_eq!(found.name, "cpu,cpuacct");
         assert!(found.directory.ends_with("berth-a"));
-        for wrong in ["/sys/fs/cgroup/cpu/other/pod1/berth-b/tasks", "/tasks", "/"] {
+        for wrong in ["/sys/fs/cgroup/cpu/other/pod1/berth-b", "/berth-a", "/"] {
             hierarchy(Path::new(wrong), cgroup).unwrap_err();
         }
     }
