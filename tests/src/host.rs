@@ -9,10 +9,12 @@ use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 
 pub struct Host {
     netns: File,
+    ports: AtomicU16,
 }
 
 impl Host {
@@ -25,7 +27,10 @@ impl Host {
         })
         .join()
         .expect("the thread that makes a network namespace does not panic")?;
-        let host = Self { netns };
+        let host = Self {
+            netns,
+            ports: AtomicU16::new(5000),
+        };
         for line in [
             "link set lo up",
             "link add up0 type veth peer name up0far",
@@ -53,6 +58,12 @@ impl Host {
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// A port nobody listens on yet. Not one of those the kernel gives to clients:
+    /// who connects to such a one before its server listens may meet himself.
+    pub fn fresh_port(&self) -> u16 {
+        self.ports.fetch_add(1, Ordering::SeqCst)
     }
 
     /// A descriptor of the namespace, for a thread that outlives a call of [`Self::enter`].

@@ -53,7 +53,7 @@ impl Registry {
     /// Starts one; `root` holds the data, shared by every instance given the same.
     pub fn start(host: &Arc<Host>, root: &Path, access: Access) -> Result<Self> {
         fs::create_dir_all(root)?;
-        let port = free_port(host)?;
+        let port = host.fresh_port();
         let own = root.join(port.to_string());
         fs::create_dir_all(&own)?;
         let mut config = json!({
@@ -231,15 +231,6 @@ fn describe(answer: &Response) -> String {
         answer.status,
         String::from_utf8_lossy(&answer.body)
     )
-}
-
-/// A port of the host's loopback nobody listens on. The namespace is the test's
-/// own, so nobody takes it in between either.
-fn free_port(host: &Host) -> Result<u16> {
-    Ok(host
-        .enter(|| std::net::TcpListener::bind("127.0.0.1:0"))?
-        .local_addr()?
-        .port())
 }
 
 /// An htpasswd file with [`USER`]; bcrypt is all docker-registry accepts, and
