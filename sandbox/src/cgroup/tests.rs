@@ -573,34 +573,6 @@ fn systemd_is_refused_where_it_cannot_work() {
     ));
 }
 
-/// Not a test of right or wrong: prints what things cost.
-#[test]
-#[ignore = "a measurement"]
-fn what_it_costs() {
-    let ground = Ground::new();
-    let mut took: [Vec<Duration>; 4] = Default::default();
-    for _ in 0..200 {
-        let mut timed = |n: usize, what: &mut dyn FnMut()| {
-            let start = Instant::now();
-            what();
-            took[n].push(start.elapsed());
-        };
-        let mut cgroup = None;
-        timed(0, &mut || cgroup = Some(ground.create(&limits()).unwrap()));
-        let cgroup = cgroup.unwrap();
-        timed(1, &mut || assert!(cgroup.stats().unwrap().cpu.is_some()));
-        timed(2, &mut || cgroup.kill_all(DEADLINE).unwrap());
-        timed(3, &mut || cgroup.remove(DEADLINE).unwrap());
-    }
-    for (name, took) in ["create and limit", "stats", "kill (empty)", "remove"]
-        .iter()
-        .zip(&mut took)
-    {
-        took.sort_unstable();
-        println!("{name}: median {:?}, 95th {:?}", took[100], took[190]);
-    }
-}
-
 fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
