@@ -80,10 +80,10 @@ impl Inner {
         };
         self.container_event(id, event).await?;
         crash::point("start_container.running");
-        if outcome.is_err() {
-            // Off the reply path; removal does it again.
-            let (me, container) = (self.clone(), container.clone());
-            tokio::spawn(async move { me.release_cgroup(&container).await });
+        if outcome.is_err()
+            && let Err(error) = self.release_cgroup(&container).await
+        {
+            tracing::warn!(container = %id, error = error.chain(), "its cgroup stays until removal");
         }
         outcome
     }
