@@ -9,9 +9,14 @@ use crate::container::ContainerRecord;
 use crate::error::Result;
 use crate::id::ContainerId;
 use crate::operation::Stage;
+use crate::pod_spec::PidMode;
 use berth_store::crash;
+use rustix::process::Signal;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How long until a container that is deaf to its stop signal is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 impl Sandboxes {
     /// Stops a container: its stop signal, and SIGKILL once `grace` has passed.
@@ -54,16 +59,20 @@ impl Inner {
         };
         if live(self) && !grace.is_zero() {
             stage.enter("grace");
-            if let Ok(monitor) = self.monitor(&container.pod)
-                && let Err(error) =
-                    signal(&monitor, container.id.as_str(), container.stop_signal).await
-            {
-                // Most likely it has just ended; if not, SIGKILL follows.
-                tracing::info!(container = %container.id, error = &error as &dyn std::error::Error,
-                    "the stop signal was not delivered");
-            }
-            crash::point("stop_container.signalled");
-            let _ = tokio::time::timeout(grace, self.objects.ended(&container.id)).await;
+            let signalled_and_ended = async {
+                self.heard_by(container).await;
+                if let Ok(monitor) = self.monitor(&container.pod)
+                    && let Err(error) =
+                        signal(&monitor, container.id.as_str(), container.stop_signal).await
+                {
+                    // Most likely it has just ended; if not, SIGKILL follows.
+                    tracing::info!(container = %container.id, error = &error as &dyn std::error::Error,
+                        "the stop signal was not delivered");
+                }
+                crash::point("stop_container.signalled");
+                self.objects.ended(&container.id).await;
+            };
+            let _ = tokio::time::timeout(grace, signalled_and_ended).await;
         }
         if live(self) {
             stage.enter("kill");
@@ -71,6 +80,35 @@ impl Inner {
         }
         crash::point("stop_container.ended");
         Ok(())
+    }
+
+    /// Waits until the stop signal would do something, or the container has ended.
+    ///
+    /// The first process of a PID namespace is not even told of a signal it has
+    /// no handler for. One that has been started this moment has not come to
+    /// installing any: its stop signal would be lost, and the grace period spent
+    /// waiting for nothing. Source: pid_namespaces(7); proc_pid_status(5), SigCgt.
+    async fn heard_by(&self, container: &Arc<ContainerRecord>) {
+        let own_namespace = container.spec.security.pid == PidMode::Container;
+        let always = [Signal::KILL.as_raw(), Signal::STOP.as_raw()];
+        if !own_namespace || always.contains(&container.stop_signal) {
+            return;
+        }
+        loop {
+            let view = self.objects.view();
+            let Some(pid) = view
+                .container(container.id.as_str())
+                .and_then(|c| c.state.pid())
+            else {
+                return;
+            };
+            match std::fs::read_to_string(format!("/proc/{pid}/status")) {
+                Ok(status) if !hears(&status, container.stop_signal) => {}
+                // It does, or it is gone.
+                Ok(_) | Err(_) => return,
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Waits while the container is being started: a start always ends.
@@ -87,5 +125,30 @@ impl Inner {
             }
             let _ = changes.changed().await;
         }
+    }
+}
+
+/// Whether /proc/PID/status says that a signal is caught, or blocked and so kept.
+fn hears(status: &str, signal: i32) -> bool {
+    let has = |field: &str| {
+        let set = status.lines().find_map(|line| line.strip_prefix(field))?;
+        let set = u64::from_str_radix(set.trim(), 16).ok()?;
+        Some(set >> u32::try_from(signal - 1).ok()? & 1 == 1)
+    };
+    // What cannot be read is no reason to withhold a signal.
+    has("SigCgt:").unwrap_or(true) || has("SigBlk:").unwrap_or(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_is_heard_when_caught_or_blocked() {
+        let status =
+            "SigBlk:\t0000000000000001\nSigIgn:\t0000000000000002\nSigCgt:\t0000000000004000\n";
+        assert!(hears(status, 15) && hears(status, 1));
+        assert!(!hears(status, 2) && !hears(status, 9));
+        assert!(hears("", 15));
     }
 }

@@ -296,6 +296,19 @@ fn stop_sends_the_signal_then_kills_after_the_grace_period() {
 }
 
 #[test]
+fn a_stop_right_after_the_start_is_heard_once_the_program_listens() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let late = pod.start(&[
+        "sh",
+        "-c",
+        "sleep 0.3; trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done",
+    ]);
+    late.stop(60).unwrap();
+    assert_eq!(late.status().exit_code, 7);
+}
+
+#[test]
 fn a_stop_without_grace_kills_at_once() {
     let node = Node::start();
     let pod = node.run_pod("web");
