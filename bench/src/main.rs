@@ -22,7 +22,11 @@ struct Arguments {
     #[arg(long = "socket", global = true)]
     sockets: Vec<PathBuf>,
     /// An image that every runtime has, with sh and sleep in it.
-    #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2", global = true)]
+    #[arg(
+        long,
+        default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2",
+        global = true
+    )]
     image: String,
     /// Rounds.
     #[arg(short = 'n', default_value_t = 50, global = true)]
@@ -95,7 +99,11 @@ async fn connect(socket: &Path) -> Result<Runtime> {
     let path = socket.to_owned();
     let dial = tower::service_fn(move |_| {
         let path = path.clone();
-        async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        async move {
+            tokio::net::UnixStream::connect(path)
+                .await
+                .map(TokioIo::new)
+        }
     });
     let channel = Endpoint::from_static("http://cri.invalid")
         .timeout(Duration::from_secs(120))
@@ -103,9 +111,16 @@ async fn connect(socket: &Path) -> Result<Runtime> {
         .await
         .with_context(|| format!("nobody answers at {}", socket.display()))?;
     let mut client = RuntimeServiceClient::new(channel);
-    let version = client.version(cri::VersionRequest::default()).await?.into_inner();
+    let version = client
+        .version(cri::VersionRequest::default())
+        .await?
+        .into_inner();
     let name = format!("{} {}", version.runtime_name, version.runtime_version);
-    Ok(Runtime { name, client, parent: "/berth-bench".into() })
+    Ok(Runtime {
+        name,
+        client,
+        parent: "/berth-bench".into(),
+    })
 }
 
 struct Pod {
@@ -128,9 +143,16 @@ async fn run_pod(runtime: &mut Runtime, name: &str) -> Result<Pod> {
         }),
         ..Default::default()
     };
-    let request =
-        cri::RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
-    let id = runtime.client.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+    let request = cri::RunPodSandboxRequest {
+        config: Some(config.clone()),
+        ..Default::default()
+    };
+    let id = runtime
+        .client
+        .run_pod_sandbox(request)
+        .await?
+        .into_inner()
+        .pod_sandbox_id;
     Ok(Pod { id, config })
 }
 
@@ -139,13 +161,21 @@ fn container(pod: &Pod, image: &str) -> cri::CreateContainerRequest {
         profile_type: cri::security_profile::ProfileType::RuntimeDefault.into(),
         localhost_ref: String::new(),
     };
-    let security =
-        cri::LinuxContainerSecurityContext { seccomp: Some(seccomp), ..Default::default() };
+    let security = cri::LinuxContainerSecurityContext {
+        seccomp: Some(seccomp),
+        ..Default::default()
+    };
     cri::CreateContainerRequest {
         pod_sandbox_id: pod.id.clone(),
         config: Some(cri::ContainerConfig {
-            metadata: Some(cri::ContainerMetadata { name: "main".into(), attempt: 0 }),
-            image: Some(cri::ImageSpec { image: image.into(), ..Default::default() }),
+            metadata: Some(cri::ContainerMetadata {
+                name: "main".into(),
+                attempt: 0,
+            }),
+            image: Some(cri::ImageSpec {
+                image: image.into(),
+                ..Default::default()
+            }),
             command: vec!["sleep".into(), "1000".into()],
             linux: Some(cri::LinuxContainerConfig {
                 security_context: Some(security),
@@ -158,9 +188,14 @@ fn container(pod: &Pod, image: &str) -> cri::CreateContainerRequest {
 }
 
 async fn start(runtime: &mut Runtime, pod: &Pod, image: &str) -> Result<String> {
-    let created = runtime.client.create_container(container(pod, image)).await?;
+    let created = runtime
+        .client
+        .create_container(container(pod, image))
+        .await?;
     let container_id = created.into_inner().container_id;
-    let request = cri::StartContainerRequest { container_id: container_id.clone() };
+    let request = cri::StartContainerRequest {
+        container_id: container_id.clone(),
+    };
     runtime.client.start_container(request).await?;
     Ok(container_id)
 }
@@ -169,7 +204,9 @@ async fn remove(runtime: &mut Runtime, pod: &str) -> Result<()> {
     let pod_sandbox_id = pod.to_owned();
     runtime
         .client
-        .stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() })
+        .stop_pod_sandbox(cri::StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        })
         .await?;
     runtime
         .client
@@ -186,10 +223,14 @@ async fn time_start(runtime: &mut Runtime, image: &str, round: usize) -> Result<
     let begin = Instant::now();
     let pod = run_pod(runtime, &format!("start-{round}")).await?;
     let ran = milliseconds(begin);
-    let created = runtime.client.create_container(container(&pod, image)).await?;
+    let created = runtime
+        .client
+        .create_container(container(&pod, image))
+        .await?;
     let made = milliseconds(begin);
-    let request =
-        cri::StartContainerRequest { container_id: created.into_inner().container_id };
+    let request = cri::StartContainerRequest {
+        container_id: created.into_inner().container_id,
+    };
     runtime.client.start_container(request).await?;
     let whole = milliseconds(begin);
     let begin = Instant::now();
@@ -207,8 +248,11 @@ async fn time_exec(runtime: &mut Runtime, image: &str, round: usize) -> Result<T
     let pod = run_pod(runtime, &format!("exec-{round}")).await?;
     let container_id = start(runtime, &pod, image).await?;
     let begin = Instant::now();
-    let request =
-        cri::ExecSyncRequest { container_id, cmd: vec!["true".into()], timeout: 10 };
+    let request = cri::ExecSyncRequest {
+        container_id,
+        cmd: vec!["true".into()],
+        timeout: 10,
+    };
     let answer = runtime.client.exec_sync(request).await?.into_inner();
     let took = milliseconds(begin);
     remove(runtime, &pod.id).await?;
