@@ -6,6 +6,7 @@
 use anyhow::{Context as _, Result, bail};
 use berth_proto::runtime_v1 as cri;
 use clap::{Parser, Subcommand};
+use cri::image_service_client::ImageServiceClient;
 use cri::runtime_service_client::RuntimeServiceClient;
 use hyper_util::rt::TokioIo;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ struct Arguments {
     /// A runtime's CRI socket; give it again for each runtime.
     #[arg(long = "socket", global = true)]
     sockets: Vec<PathBuf>,
-    /// An image that every runtime has, with sh and sleep in it.
+    /// An image with sleep and true in it; a runtime that does not have it pulls it first.
     #[arg(
         long,
         default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2",
@@ -34,6 +35,9 @@ struct Arguments {
     /// Pods that run meanwhile, on each runtime.
     #[arg(long, default_value_t = 0, global = true)]
     beside: usize,
+    /// The parent of the pods' cgroups.
+    #[arg(long, default_value = "/berth-bench", global = true)]
+    cgroup_parent: String,
 }
 
 #[derive(Subcommand, Clone, Copy)]
@@ -47,7 +51,10 @@ enum What {
 struct Runtime {
     name: String,
     client: RuntimeServiceClient<Channel>,
+    images: ImageServiceClient<Channel>,
     parent: String,
+    /// Pods that have not been removed.
+    pods: Vec<String>,
 }
 
 /// Milliseconds of one round, by what was timed.
@@ -61,15 +68,31 @@ async fn main() -> Result<()> {
     }
     let mut runtimes = Vec::new();
     for socket in &arguments.sockets {
-        runtimes.push(connect(socket).await?);
+        runtimes.push(connect(socket, &arguments).await?);
     }
-    let mut all: Vec<Vec<Times>> = vec![Vec::new(); runtimes.len()];
-    let mut beside = Vec::new();
+    let outcome = measure(&arguments, &mut runtimes).await;
+    // Also after a failure nothing is left running.
     for runtime in &mut runtimes {
+        for pod in std::mem::take(&mut runtime.pods) {
+            if let Err(error) = remove(runtime, &pod).await {
+                eprintln!("{}: cannot remove pod {pod}: {error:#}", runtime.name);
+            }
+        }
+    }
+    report(&runtimes, &outcome?);
+    Ok(())
+}
+
+/// Every round's times, by runtime.
+async fn measure(arguments: &Arguments, runtimes: &mut [Runtime]) -> Result<Vec<Vec<Times>>> {
+    let mut all: Vec<Vec<Times>> = vec![Vec::new(); runtimes.len()];
+    for runtime in &mut *runtimes {
+        pull(runtime, &arguments.image)
+            .await
+            .with_context(|| format!("cannot pull {} on {}", arguments.image, runtime.name))?;
         for number in 0..arguments.beside {
             let pod = run_pod(runtime, &format!("beside-{number}")).await?;
             start(runtime, &pod, &arguments.image).await?;
-            beside.push(pod.id);
         }
     }
     // The first round warms caches and is not counted.
@@ -85,17 +108,10 @@ async fn main() -> Result<()> {
             }
         }
     }
-    for runtime in &mut runtimes {
-        for pod in &beside {
-            // Each pod is one runtime's; the others take removing what is not there as done.
-            let _ = remove(runtime, pod).await;
-        }
-    }
-    report(&runtimes, &all);
-    Ok(())
+    Ok(all)
 }
 
-async fn connect(socket: &Path) -> Result<Runtime> {
+async fn connect(socket: &Path, arguments: &Arguments) -> Result<Runtime> {
     let path = socket.to_owned();
     let dial = tower::service_fn(move |_| {
         let path = path.clone();
@@ -110,6 +126,7 @@ async fn connect(socket: &Path) -> Result<Runtime> {
         .connect_with_connector(dial)
         .await
         .with_context(|| format!("nobody answers at {}", socket.display()))?;
+    let images = ImageServiceClient::new(channel.clone());
     let mut client = RuntimeServiceClient::new(channel);
     let version = client
         .version(cri::VersionRequest::default())
@@ -119,8 +136,30 @@ async fn connect(socket: &Path) -> Result<Runtime> {
     Ok(Runtime {
         name,
         client,
-        parent: "/berth-bench".into(),
+        images,
+        parent: arguments.cgroup_parent.clone(),
+        pods: Vec::new(),
     })
+}
+
+async fn pull(runtime: &mut Runtime, image: &str) -> Result<()> {
+    let spec = cri::ImageSpec {
+        image: image.into(),
+        ..Default::default()
+    };
+    let request = cri::ImageStatusRequest {
+        image: Some(spec.clone()),
+        verbose: false,
+    };
+    let known = runtime.images.image_status(request).await?.into_inner();
+    if known.image.is_none() {
+        let request = cri::PullImageRequest {
+            image: Some(spec),
+            ..Default::default()
+        };
+        runtime.images.pull_image(request).await?;
+    }
+    Ok(())
 }
 
 struct Pod {
@@ -153,6 +192,7 @@ async fn run_pod(runtime: &mut Runtime, name: &str) -> Result<Pod> {
         .await?
         .into_inner()
         .pod_sandbox_id;
+    runtime.pods.push(id.clone());
     Ok(Pod { id, config })
 }
 
@@ -212,6 +252,7 @@ async fn remove(runtime: &mut Runtime, pod: &str) -> Result<()> {
         .client
         .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id })
         .await?;
+    runtime.pods.retain(|known| known != pod);
     Ok(())
 }
 

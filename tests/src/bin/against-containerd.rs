@@ -37,9 +37,12 @@ fn main() -> Result<()> {
         .arg("--socket")
         .arg(&containerd.socket)
         .args(["--image", &reference])
+        .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)])
         .status()
         .with_context(|| format!("cannot run {}", bench.display()))?;
     drop(containerd);
+    // Its bridge stays, as its plugins leave it.
+    _ = node.host.run("ip", &["link", "del", "bench0"]);
     ensure!(status.success(), "berth-bench: {status}");
     Ok(())
 }
@@ -73,7 +76,7 @@ impl Containerd {
         let config = format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\n[grpc]\naddress = {socket:?}\n\
              [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {pause:?}\n\
-             disable_tcp_service = true\n\
+             disable_tcp_service = true\nrestrict_oom_score_adj = true\n\
              [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\n\
              conf_dir = {cni:?}\n\
              [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = {certs:?}\n\

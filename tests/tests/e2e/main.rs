@@ -8,6 +8,7 @@ mod configuration;
 mod containers;
 mod crashes;
 mod exec;
+mod hangs;
 mod hostile_images;
 mod images;
 mod joins;
