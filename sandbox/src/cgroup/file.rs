@@ -5,8 +5,9 @@ use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::path::Path;
 
-/// Longest file that is read; the longest in use, `memory.stat`, is below 3 KiB.
-const LONGEST: usize = 64 * 1024;
+/// Longest file that is read: a `cgroup.procs` with as many processes as the
+/// kernel can have, 4 million of 8 bytes. A fork bomb must not be safe in its number.
+const LONGEST: usize = 32 << 20;
 
 /// The whole file.
 pub(super) fn read(path: &Path) -> Result<String, Error> {
@@ -29,7 +30,7 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
 }
 
 pub(super) fn read_io(path: &Path) -> io::Result<String> {
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let file = open(path, OFlags::RDONLY)?;
     let mut bytes = Vec::new();
     let mut chunk = [0u8; 4096];
     loop {
@@ -37,15 +38,13 @@ pub(super) fn read_io(path: &Path) -> io::Result<String> {
             Ok(0) => break,
             Ok(got) => got,
             Err(rustix::io::Errno::INTR) => continue,
-            // The cgroup was removed while its file was open.
-            Err(rustix::io::Errno::NODEV) => return Err(io::ErrorKind::NotFound.into()),
-            Err(errno) => return Err(errno.into()),
+            Err(errno) => return Err(gone(errno)),
         };
         bytes.extend_from_slice(&chunk[..got]);
         if bytes.len() > LONGEST {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "longer than 64 KiB",
+                "longer than 32 MiB",
             ));
         }
     }
@@ -62,15 +61,28 @@ pub(super) fn write(path: &Path, value: &str) -> Result<(), Error> {
 }
 
 pub(super) fn write_io(path: &Path, value: &str) -> io::Result<()> {
-    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let file = open(path, OFlags::WRONLY)?;
     loop {
         match rustix::io::write(&file, value.as_bytes()) {
             Ok(written) if written == value.len() => return Ok(()),
             Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
             Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
+            Err(errno) => return Err(gone(errno)),
         }
     }
+}
+
+fn open(path: &Path, flags: OFlags) -> io::Result<rustix::fd::OwnedFd> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty()).map_err(gone)
+}
+
+/// ENODEV is how a cgroup's files say that it was removed a moment ago, be it
+/// while one was opened or once it was open.
+fn gone(errno: rustix::io::Errno) -> io::Error {
+    if errno == rustix::io::Errno::NODEV {
+        return io::ErrorKind::NotFound.into();
+    }
+    errno.into()
 }
 
 /// Whether it had to be made.

@@ -24,7 +24,7 @@ use crate::operation::{Key, OperationInfo, Operations, Stage, StageObserver, loc
 use crate::seccomp;
 use crate::view::{Objects, View};
 use berth_netplugin::network::Network;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -137,6 +137,9 @@ struct Inner {
     operations: Operations,
     program: Program,
     monitors: Mutex<HashMap<PodId, Arc<Monitor>>>,
+    /// Containers whose Launch the monitor may have: their start ends by itself.
+    /// One that is not here yet is still being planned, which may take for ever.
+    launching: Mutex<HashSet<ContainerId>>,
     events: mpsc::UnboundedSender<(PodId, Event)>,
     network: Arc<Network>,
     cgroups: Arc<Cgroups>,
@@ -177,6 +180,7 @@ impl Sandboxes {
                 operations: Operations::new(observer),
                 program,
                 monitors: Mutex::default(),
+                launching: Mutex::default(),
                 events,
                 network,
                 cgroups,

@@ -288,7 +288,7 @@ pub(super) async fn container_exited(inner: &Arc<Inner>, exited: &monitor_v1::Ex
         return;
     };
     // The answer to its start may still be on the way.
-    inner.settled(&id).await;
+    inner.launched(&id).await;
     match inner.container_event(&id, exit_event(exited)).await {
         Ok(container) => {
             tracing::info!(container = %id, pod = %container.pod, code = exited.exit_code,

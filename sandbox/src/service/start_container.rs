@@ -3,9 +3,10 @@
 use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
+use crate::id::ContainerId;
 use crate::launch::{self, Extra};
 use crate::monitor::MonitorError;
-use crate::operation::Stage;
+use crate::operation::{Stage, lock};
 use crate::pod_spec::{Namespace, PidMode};
 use berth_proto::monitor_v1::{self, reply, request};
 use berth_store::crash;
@@ -59,6 +60,8 @@ impl Inner {
         stage.enter("intent");
         let container = self.container_event(id, ContainerEvent::Start).await?;
         crash::point("start_container.intent");
+        // Until the outcome is on record: in between the start must not be called off.
+        let _launching = Launching(self, id);
         let started = self.launch(&container, stage).await;
         let (event, outcome) = match started {
             Ok(started) => {
@@ -99,6 +102,7 @@ impl Inner {
         let (message, fds) = blocking(move || me.plan(&record)).await?;
         crash::point("start_container.planned");
         stage.enter("launch");
+        self.begin_launch(&container.id).await?;
         let (answer, _) = monitor
             .ask(request::Body::Launch(message), fds)
             .await
@@ -111,6 +115,55 @@ impl Inner {
                 "the monitor's answer does not fit",
             )),
         }
+    }
+
+    /// From here on the start cannot be called off, unless it has been.
+    async fn begin_launch(self: &Arc<Self>, id: &ContainerId) -> Result<()> {
+        let (me, id) = (self.clone(), id.clone());
+        blocking(move || {
+            let mut launching = lock(&me.launching);
+            let view = me.objects.view();
+            let state = view
+                .container(id.as_str())
+                .map(|container| &container.state);
+            if !matches!(state, Some(ContainerState::Starting)) {
+                let text = format!("container {id} was stopped while it was being started");
+                return Err(SandboxError::new(Kind::WrongState, text));
+            }
+            launching.insert(id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Calls off a start that is still being planned: a volume that hangs must
+    /// not keep a pod from going.
+    pub(super) async fn call_off(self: &Arc<Self>, id: &ContainerId) -> Result<()> {
+        let (me, id) = (self.clone(), id.clone());
+        blocking(move || {
+            let launching = lock(&me.launching);
+            if launching.contains(&id) {
+                return Ok(());
+            }
+            let exit = Exit {
+                code: START_ERROR,
+                reason: "StartError".into(),
+                message: "stopped while it was being started".into(),
+            };
+            me.objects
+                .update_container(&id, |container| {
+                    if container.state == ContainerState::Starting
+                        && let Some(next) = container
+                            .state
+                            .on(&ContainerEvent::Exited { at: now(), exit })
+                    {
+                        container.state = next;
+                    }
+                    Ok(())
+                })
+                .map(drop)
+        })
+        .await
     }
 
     fn plan(&self, container: &ContainerRecord) -> Result<(monitor_v1::Launch, Vec<OwnedFd>)> {
@@ -175,6 +228,15 @@ impl Inner {
             process.seccomp_flags = flags;
         }
         Ok((message, fds))
+    }
+}
+
+/// Takes the container out of [`Inner::launching`] at the end of its start.
+struct Launching<'a>(&'a Inner, &'a ContainerId);
+
+impl Drop for Launching<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.launching).remove(self.1);
     }
 }
 

@@ -5,10 +5,10 @@
 
 use super::teardown::signal;
 use super::{Inner, Sandboxes};
-use crate::container::ContainerRecord;
+use crate::container::{ContainerRecord, ContainerState};
 use crate::error::Result;
 use crate::id::ContainerId;
-use crate::operation::Stage;
+use crate::operation::{Stage, lock};
 use crate::pod_spec::PidMode;
 use berth_store::crash;
 use rustix::process::Signal;
@@ -111,16 +111,25 @@ impl Inner {
         }
     }
 
-    /// Waits while the container is being started: a start always ends.
-    pub(super) async fn settled(&self, id: &ContainerId) {
+    /// Calls off a start that is still being planned, and waits for the end of
+    /// one that is not: the monitor's part always ends.
+    pub(super) async fn settled(self: &Arc<Self>, id: &ContainerId) {
+        if let Err(error) = self.call_off(id).await {
+            tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
+        }
+        self.launched(id).await;
+    }
+
+    /// Waits while the monitor starts the container.
+    pub(super) async fn launched(&self, id: &ContainerId) {
         let mut changes = self.objects.changes();
         loop {
             changes.mark_unchanged();
             let view = self.objects.view();
             let starting = view
                 .container(id.as_str())
-                .is_some_and(|c| matches!(c.state, crate::container::ContainerState::Starting));
-            if !starting {
+                .is_some_and(|c| matches!(c.state, ContainerState::Starting));
+            if !starting || !lock(&self.launching).contains(id) {
                 return;
             }
             let _ = changes.changed().await;

@@ -142,6 +142,7 @@ impl Inner {
         container: &Arc<ContainerRecord>,
     ) -> Result<()> {
         let id = &container.id;
+        self.settled(id).await;
         if self
             .objects
             .view()
