@@ -8,7 +8,7 @@ BUILT   := $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 # What is run and tested: berth, berth-bridge, and the static monitor beside them.
 BIN     := $(TARGET)/bin/$(PROFILE)
 # Packages that supply the programs the build and the tests use.
-PACKAGES := gcc libc6-dev iproute2 nftables conntrack busybox-static docker-registry e2fsprogs
+PACKAGES := gcc libc6-dev iproute2 nftables conntrack iptables containernetworking-plugins busybox-static docker-registry e2fsprogs
 
 export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
