@@ -37,7 +37,7 @@ lint: setup
 	tests/check-dependencies
 
 docs:
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --workspace --no-deps --document-private-items
 
 # Everything that does not start a daemon.
 unit: build

@@ -286,7 +286,7 @@ fn set_user(wanted: &Process) -> Result<(), Failed> {
     rustix::thread::set_thread_res_uid(uid, uid, uid).step("setuid", wanted.uid.to_string())
 }
 
-/// Where argv[0] is: itself when it has a slash, else the first in the
+/// Where `argv[0]` is: itself when it has a slash, else the first in the
 /// container's PATH that may be executed.
 fn find_program(wanted: &Process) -> Result<CString, Failed> {
     let name = wanted.argv.first().map(Vec::as_slice).unwrap_or_default();

@@ -24,7 +24,7 @@ struct Program {
     filter: *const Instruction,
 }
 
-/// True when [`install`] would take this: whole instructions, not none, not
+/// True when [`Filter::install`] would take this: whole instructions, not none, not
 /// over BPF_MAXINSNS, and no flag that needs an answer.
 pub fn acceptable(filter: &[u8], flags: u32) -> bool {
     !filter.is_empty()

@@ -142,7 +142,7 @@ sections! {
 
     /// Pulling and keeping images.
     images: Images {
-        /// Directories with <host>/hosts.toml files (mirrors, plain HTTP, CAs), the first that
+        /// Directories with HOST/hosts.toml files (mirrors, plain HTTP, CAs), the first that
         /// knows a host wins. Read at every pull.
         /// []: certs.d beside the main configuration file's directory: /etc/berth/certs.d, or
         /// DIR/etc/certs.d with --root DIR.

@@ -3,7 +3,7 @@
 //! Each verb is a module. A mutating verb is an operation (see [`crate::operation`])
 //! made of named stages: the record first, then the kernel, and a crash point
 //! behind each, so that what a killed daemon leaves is always found again by
-//! [`recovery`]. Kernel and disk work is done on blocking threads.
+//! `recovery`. Kernel and disk work is done on blocking threads.
 
 mod create_container;
 mod exec;
