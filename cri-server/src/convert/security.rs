@@ -3,6 +3,7 @@
 use super::field::{Field, Quoted, Refused, Result};
 use super::text;
 use berth_proto::runtime_v1 as cri;
+use berth_sandbox::capability::CapSet;
 use berth_sandbox::container_spec::{
     AppArmorProfile, Capabilities, GroupsPolicy, SeccompProfile, SelinuxLabel,
 };
@@ -11,52 +12,6 @@ use cri::security_profile::ProfileType;
 
 /// Most supplementary groups of a process. Source: NGROUPS_MAX, linux/limits.h.
 const GROUPS_MAX: usize = 65_536;
-
-/// Every capability of Linux 5.9 and later, without CAP_.
-/// Source: linux/capability.h.
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 /// The value of an enum field; what this version of CRI does not know is refused.
 pub fn enumeration<E: TryFrom<i32>>(field: &Field<'_>, value: i32) -> Result<E> {
@@ -195,7 +150,7 @@ fn capability_names(field: &Field<'_>, names: &[String]) -> Result<Vec<String>> 
     for (i, given) in names.iter().enumerate() {
         let upper = given.to_ascii_uppercase();
         let name = upper.strip_prefix("CAP_").unwrap_or(&upper);
-        if name != "ALL" && !CAPABILITIES.contains(&name) {
+        if name != "ALL" && CapSet::named(name).is_err() {
             let problem = format!("{} is not a capability", Quoted(given));
             return Err(field.index(i).invalid(problem));
         }
