@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: all setup build fmt lint docs test unit e2e test-vm test-vm-all demo bench bench-built clean
+.PHONY: all setup build fmt lint docs test unit e2e host test-vm test-vm-all demo bench bench-built clean
 all: build
 
 setup:
@@ -44,9 +44,14 @@ unit: build
 	cargo test --locked --workspace --exclude berth-tests
 	cargo test --locked -p berth-tests --lib
 
-# The suites against a running Berth, on this machine's kernel.
+# The suites against a running Berth, on this machine's kernel. The whole workspace is
+# named so that every command here builds dependencies with the same features, once.
 e2e: build
-	cargo test --locked -p berth-tests --test e2e
+	cargo test --locked --workspace --test e2e
+
+# Both.
+host: build
+	cargo test --locked --workspace --no-fail-fast
 
 # The same suites on Debian's kernel with cgroup v2 and systemd: a core set, or all.
 test-vm: build
