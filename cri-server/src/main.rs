@@ -1,30 +1,9 @@
-//! `berth`: the daemon that speaks CRI, and the command line beside it.
-//!
-//! serve ── config ── parts ── recovery ── socket ──> runtime/*, images/*, admin
-//!                                                         │
-//!                            convert <── each RPC ────────┘──> sandbox, image-service
-//!
-//! This crate wires and translates; what pods and images are is decided in the
-//! crates it uses.
+//! The program `berth`; everything is in the library beside it, where the fuzz
+//! targets reach it too.
 #![forbid(unsafe_code)]
-
-mod admin;
-mod commands;
-mod config;
-mod convert;
-mod daemon;
-mod image_source;
-mod images;
-mod logging;
-mod metrics;
-mod metrics_http;
-mod rpc;
-mod runtime;
-mod serve;
-mod socket;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    commands::main()
+    berth_cri_server::main()
 }
