@@ -1,4 +1,4 @@
-# make build | test | test-vm | test-vm-all | demo | bench | fmt | lint | docs | clean
+# make build | test | test-vm | test-vm-all | fuzz | demo | bench | fmt | lint | docs | clean
 # Everything that runs containers needs root. PROFILE=release for an optimised build.
 
 PROFILE ?= dev
@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: all setup build fmt lint docs test unit e2e host test-vm test-vm-all demo bench bench-built clean
+.PHONY: all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
 all: build
 
 setup:
@@ -62,6 +62,12 @@ test-vm-all: build
 
 test: lint
 	tests/run-all
+
+# libFuzzer on every target of fuzz/, FUZZ_SECONDS each, two at a time on two cores.
+FUZZ_SECONDS ?= 60
+fuzz:
+	@tests/setup gcc g++ libc6-dev
+	fuzz/run $(FUZZ_SECONDS) $(TARGETS)
 
 demo: build
 	@$(BUILT)/demo

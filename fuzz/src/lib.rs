@@ -1,0 +1,39 @@
+//! What strangers send, thrown at the code that reads it.
+//!
+//! A target is a function over bytes that panics where a promise is broken. Its
+//! corpus is `corpus/NAME/`, one input a file; `tests/corpus.rs` replays all of
+//! it on stable Rust, `make fuzz` looks for more with libFuzzer.
+//!
+//! A new target: a function in a module here, a line in [`TARGETS`], and at
+//! least one input in its corpus. An input that found something goes into the
+//! corpus with the fix.
+#![forbid(unsafe_code)]
+
+mod images;
+mod logs;
+mod network;
+
+/// One thing to be fuzzed.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// Its name, and its corpus'.
+    pub name: &'static str,
+    /// Takes any bytes and must come back.
+    pub run: fn(&[u8]),
+}
+
+/// All targets, by name.
+pub const TARGETS: &[Target] = &[
+    target("cni-conflist", network::conflist),
+    target("log-lines", logs::lines),
+    target("reference", images::reference),
+];
+
+const fn target(name: &'static str, run: fn(&[u8])) -> Target {
+    Target { name, run }
+}
+
+/// The target of that name.
+pub fn find(name: &str) -> Option<Target> {
+    TARGETS.iter().copied().find(|target| target.name == name)
+}
