@@ -197,16 +197,8 @@ async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
         config::UnsetSeccomp::Unconfined => SeccompProfile::Unconfined,
         config::UnsetSeccomp::RuntimeDefault => SeccompProfile::RuntimeDefault,
     });
-    let cgroups = cgroup::Cgroups::detect(cgroup::Settings {
-        driver: match config.cgroup.driver {
-            config::CgroupDriver::Auto => cgroup::DriverChoice::Auto,
-            config::CgroupDriver::Cgroupfs => cgroup::DriverChoice::Cgroupfs,
-            config::CgroupDriver::Systemd => cgroup::DriverChoice::Systemd,
-        },
-        default_parent: config.cgroup.parent.clone(),
-        ..cgroup::Settings::default()
-    })
-    .map_err(ServeError::Cgroups)?;
+    let cgroups =
+        cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
     let network = Arc::new(
         network::Network::open(network_settings(&config, &places))
             .map_err(|error| ServeError::Network(Box::new(error)))?,
@@ -249,6 +241,19 @@ async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
     ))
 }
 
+/// What the configuration says of cgroups.
+pub fn cgroup_settings(config: &Config) -> cgroup::Settings {
+    cgroup::Settings {
+        driver: match config.cgroup.driver {
+            config::CgroupDriver::Auto => cgroup::DriverChoice::Auto,
+            config::CgroupDriver::Cgroupfs => cgroup::DriverChoice::Cgroupfs,
+            config::CgroupDriver::Systemd => cgroup::DriverChoice::Systemd,
+        },
+        default_parent: config.cgroup.parent.clone(),
+        ..cgroup::Settings::default()
+    }
+}
+
 fn network_settings(config: &Config, places: &Places) -> network::NetworkSettings {
     let subnet = |wanted: fn(&str) -> bool| {
         let found = config.network.subnets.iter().find(|subnet| wanted(subnet));
@@ -276,7 +281,7 @@ fn network_settings(config: &Config, places: &Places) -> network::NetworkSetting
 }
 
 /// The configured program, else the one beside this one, else the first in PATH.
-fn monitor_program(configured: &Path) -> Option<PathBuf> {
+pub fn monitor_program(configured: &Path) -> Option<PathBuf> {
     const NAME: &str = "berth-monitor";
     if !configured.as_os_str().is_empty() {
         return Some(configured.to_owned());

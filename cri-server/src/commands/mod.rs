@@ -3,6 +3,7 @@
 mod client;
 mod config;
 mod debug;
+mod doctor;
 mod image;
 mod status;
 
@@ -64,6 +65,10 @@ enum Command {
     /// Lists running operations with their stage and how long they have been in it, and what is
     /// left to do in the background.
     Status,
+    /// Look at this node: what keeps pods from running, or will
+    ///
+    /// Needs no daemon and changes nothing. Fails if a problem was found.
+    Doctor(doctor::Options),
     /// Print or check the configuration
     #[command(subcommand)]
     Config(config::Command),
@@ -87,6 +92,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve => crate::serve::serve(&places).map_err(Into::into),
         Command::Status => status::status(&places),
+        Command::Doctor(options) => doctor::doctor(&options, &places),
         Command::Config(command) => config::run(command, &places),
         Command::Image(command) => image::run(command, &places),
         Command::Version => client::version(&places),

@@ -7,6 +7,7 @@ mod cgroups;
 mod configuration;
 mod containers;
 mod crashes;
+mod doctor;
 mod exec;
 mod hangs;
 mod hostile_images;
