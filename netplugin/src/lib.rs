@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod bandwidth;
 pub mod bridge;
 pub mod client;
 pub mod conntrack;
