@@ -485,6 +485,9 @@ impl Monitor {
             Some(Body::Launch(launch)) => self.launch(asker, launch, fds),
             Some(Body::Exec(exec)) => self.exec(asker, exec, fds),
             Some(Body::ReopenLog(request)) => self.reopen_log(asker, &request.container_id),
+            Some(Body::Attach(attach)) => {
+                Err(Failed::new("attach", attach.container_id, Errno::NOSYS).into())
+            }
             Some(Body::Signal(signal)) => self.signal(&signal).map(Some),
             Some(Body::ResizeTty(resize)) => self.resize(&resize).map(Some),
             Some(Body::Forget(forget)) => self.forget(&forget.container_id).map(Some),
@@ -524,6 +527,7 @@ impl Monitor {
                     Phase::Ended(exited) => Some(exited.clone()),
                     _ => None,
                 },
+                log: None,
             });
         proto::State {
             containers: containers.collect(),

@@ -48,6 +48,8 @@ pub mod monitor_v1 {
     pub mod feature {
         /// The base protocol: everything in `monitor_v1.proto` as of 0.1.0.
         pub const BASE: u64 = 1;
+        /// Attach and Detached.
+        pub const ATTACH: u64 = 1 << 1;
     }
 
     /// Longest frame either side accepts, in bytes: larger than the kernel's

@@ -313,6 +313,8 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         hostname: String::new(),
         sysctls: sysctls(linux.sysctl().as_ref()),
         cgroup: Some(planner.cgroup),
+        // The node's, not the spec's: the caller's to add.
+        log_policy: None,
     };
     Ok((launch, planner.fds.0))
 }

@@ -99,6 +99,7 @@ pub enum Event {
 
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Answer>>>>;
 type Execs = Arc<Mutex<HashMap<String, oneshot::Sender<monitor_v1::Exited>>>>;
+type Attached = Arc<Mutex<HashMap<String, oneshot::Sender<monitor_v1::Detached>>>>;
 
 /// A connection to one pod's monitor.
 pub struct Monitor {
@@ -107,6 +108,7 @@ pub struct Monitor {
     next: AtomicU64,
     waiting: Waiting,
     execs: Execs,
+    attached: Attached,
     lost: watch::Receiver<bool>,
     reader: tokio::task::JoinHandle<()>,
     /// What the monitor said of itself.
@@ -251,17 +253,24 @@ impl Monitor {
         let stream = Arc::new(stream);
         let waiting = Waiting::default();
         let execs = Execs::default();
+        let attached = Attached::default();
         let (lost_sender, lost) = watch::channel(false);
         let reader = tokio::spawn({
-            let (stream, waiting, execs) = (stream.clone(), waiting.clone(), execs.clone());
+            let stream = stream.clone();
+            let hearers = Hearers {
+                waiting: waiting.clone(),
+                execs: execs.clone(),
+                attached: attached.clone(),
+            };
             async move {
-                if let Err(error) = read_all(&stream, &waiting, &execs, &tag, &events).await {
+                if let Err(error) = read_all(&stream, &hearers, &tag, &events).await {
                     tracing::debug!(%error, "the connection to a monitor ended");
                 }
                 lost_sender.send_replace(true);
                 // Dropping the senders tells everybody who waits.
-                lock(&waiting).clear();
-                lock(&execs).clear();
+                lock(&hearers.waiting).clear();
+                lock(&hearers.execs).clear();
+                lock(&hearers.attached).clear();
                 let _ = events.send((tag, Event::Lost));
             }
         });
@@ -271,6 +280,7 @@ impl Monitor {
             next: AtomicU64::new(1),
             waiting,
             execs,
+            attached,
             lost,
             reader,
             hello: monitor_v1::HelloReply::default(),
@@ -369,6 +379,19 @@ impl Monitor {
         lock(&self.execs).remove(id);
     }
 
+    /// Whom to tell when the attached client `id` is detached; to be called
+    /// before it is asked for.
+    pub fn expect_attach(&self, id: &str) -> oneshot::Receiver<monitor_v1::Detached> {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.attached).insert(id.to_owned(), sender);
+        receiver
+    }
+
+    /// Forgets a client that never was attached.
+    pub fn forget_attach(&self, id: &str) {
+        lock(&self.attached).remove(id);
+    }
+
     async fn send(
         &self,
         request: &monitor_v1::Request,
@@ -408,11 +431,17 @@ impl Monitor {
     }
 }
 
+/// Who waits for what the monitor says.
+struct Hearers {
+    waiting: Waiting,
+    execs: Execs,
+    attached: Attached,
+}
+
 /// Reads frames until the connection ends and hands each to whom it is for.
 async fn read_all<T: Clone + Send + Sync>(
     stream: &UnixStream,
-    waiting: &Waiting,
-    execs: &Execs,
+    hearers: &Hearers,
     tag: &T,
     events: &mpsc::UnboundedSender<(T, Event)>,
 ) -> io::Result<()> {
@@ -435,12 +464,17 @@ async fn read_all<T: Clone + Send + Sync>(
             Some(reply::Body::Exited(exited)) if reply.id == 0 => {
                 if exited.exec_id.is_empty() {
                     let _ = events.send((tag.clone(), Event::Exited(exited)));
-                } else if let Some(waiter) = lock(execs).remove(&exited.exec_id) {
+                } else if let Some(waiter) = lock(&hearers.execs).remove(&exited.exec_id) {
                     let _ = waiter.send(exited);
                 }
             }
+            Some(reply::Body::Detached(detached)) if reply.id == 0 => {
+                if let Some(waiter) = lock(&hearers.attached).remove(&detached.attach_id) {
+                    let _ = waiter.send(detached);
+                }
+            }
             Some(body) => {
-                if let Some(waiter) = lock(waiting).remove(&reply.id) {
+                if let Some(waiter) = lock(&hearers.waiting).remove(&reply.id) {
                     let _ = waiter.send((body, frame.fds));
                 }
             }

@@ -5,8 +5,10 @@
 //! behind each, so that what a killed daemon leaves is always found again by
 //! `recovery`. Kernel and disk work is done on blocking threads.
 
+mod attach;
 mod create_container;
 mod exec;
+mod exec_session;
 mod pending;
 mod recovery;
 mod remove;
@@ -32,7 +34,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
+pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
 pub use exec::ExecOutput;
+pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
 pub use pending::PendingInfo;
 
 /// Every crash point of this crate, in the order in which they are passed.
