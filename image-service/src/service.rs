@@ -21,7 +21,7 @@ use crate::progress::{Progress, Stage};
 use crate::pull::{Documents, Job, PullError};
 use crate::reference::Reference;
 use crate::registry::{Registry, Timeouts};
-use crate::snapshot::{self, SnapshotError, Snapshots};
+use crate::snapshot::{self, IdMap, SnapshotError, Snapshots};
 use crate::usage::{self, FsUsage};
 use arc_swap::ArcSwap;
 use berth_store::atomic_file::{self, Durability};
@@ -387,6 +387,55 @@ impl ImageService {
     pub fn prepare(&self, container_id: &str, image_id: &str) -> Result<(), PrepareError> {
         let image = self.image(image_id)?;
         Ok(self.0.snapshots.prepare(container_id, &image.layers)?)
+    }
+
+    /// As [`ImageService::prepare`], and keeps the images `volumes` (by ID) from being collected,
+    /// too, so that they can be mounted with [`ImageService::mount_volume`]. Blocking.
+    ///
+    /// # Errors
+    /// [`PrepareError`]; nothing is left then.
+    pub fn prepare_with_volumes(
+        &self,
+        container_id: &str,
+        image_id: &str,
+        volumes: &[String],
+    ) -> Result<(), PrepareError> {
+        let image = self.image(image_id)?;
+        let layers = |id: &String| Ok((id.clone(), self.image(id)?.layers.clone()));
+        let volumes = volumes
+            .iter()
+            .map(layers)
+            .collect::<Result<_, PrepareError>>()?;
+        let snapshots = &self.0.snapshots;
+        Ok(snapshots.prepare_with(container_id, &image.layers, &volumes)?)
+    }
+
+    /// As [`ImageService::mount_rootfs`], with owners shown through `map`. Blocking.
+    ///
+    /// # Errors
+    /// [`SnapshotError`].
+    pub fn mount_rootfs_mapped(
+        &self,
+        container_id: &str,
+        map: &IdMap,
+    ) -> Result<OwnedFd, SnapshotError> {
+        self.0.snapshots.mount_mapped(container_id, map)
+    }
+
+    /// A detached read-only mount of an image prepared as a volume of the container: all of it, or
+    /// what is at `sub_path`. Blocking.
+    ///
+    /// # Errors
+    /// [`SnapshotError`].
+    pub fn mount_volume(
+        &self,
+        container_id: &str,
+        image_id: &str,
+        sub_path: &str,
+        map: Option<&IdMap>,
+    ) -> Result<OwnedFd, SnapshotError> {
+        let snapshots = &self.0.snapshots;
+        snapshots.mount_volume(container_id, image_id, sub_path, map)
     }
 
     /// A detached mount of a prepared container's root file system, writable. Blocking.

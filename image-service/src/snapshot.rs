@@ -20,7 +20,7 @@ use rustix::fs::{Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
@@ -28,6 +28,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+mod mapped;
+
+pub use mapped::{IdMap, IdRange};
 
 const UPPER: &str = "upper";
 const WORK: &str = "work";
@@ -110,6 +114,22 @@ pub enum SnapshotError {
         #[from]
         source: RecordError,
     },
+    /// The container was not prepared with this image as a volume.
+    #[error("the image {image_id} is no volume of the container {container_id}")]
+    NoVolume {
+        /// Whose.
+        container_id: String,
+        /// Which.
+        image_id: String,
+    },
+    /// The image has nothing at this path.
+    #[error("the image has no {path}")]
+    NoSubPath {
+        /// As asked for.
+        path: String,
+        /// What the kernel said.
+        source: Errno,
+    },
     /// A file of the image is not one, or is too large.
     #[error("the image's file {path} {why}")]
     Unreadable {
@@ -125,6 +145,10 @@ pub enum SnapshotError {
 struct SnapshotRecord {
     /// Lowest first.
     layers: Vec<LayerId>,
+    /// Layers, lowest first, of the images that are mounted as volumes, by the
+    /// image's ID.
+    #[serde(default)]
+    volumes: BTreeMap<String, Vec<LayerId>>,
 }
 
 impl Record for SnapshotRecord {
@@ -185,6 +209,20 @@ impl Snapshots {
     /// `NoLayer`, `Taken`, `BadId`, or what the file system refused; then
     /// nothing is left.
     pub fn prepare(&self, container_id: &str, layers: &[LayerId]) -> Result<(), SnapshotError> {
+        self.prepare_with(container_id, layers, &BTreeMap::new())
+    }
+
+    /// As [`Snapshots::prepare`], and keeps the layers of the images that are
+    /// mounted in the container as volumes, too.
+    ///
+    /// # Errors
+    /// Those of [`Snapshots::prepare`].
+    pub fn prepare_with(
+        &self,
+        container_id: &str,
+        layers: &[LayerId],
+        volumes: &BTreeMap<String, Vec<LayerId>>,
+    ) -> Result<(), SnapshotError> {
         check_id(container_id)?;
         let _turn = self
             .0
@@ -193,7 +231,7 @@ impl Snapshots {
             .unwrap_or_else(PoisonError::into_inner);
         let path = self.0.dir.join(container_id);
         match record::load::<SnapshotRecord>(&path.join(RECORD)) {
-            Ok(record) if record.layers == layers => return Ok(()),
+            Ok(record) if record.layers == layers && record.volumes == *volumes => return Ok(()),
             Ok(_) => {
                 return Err(SnapshotError::Taken {
                     container_id: container_id.into(),
@@ -203,14 +241,15 @@ impl Snapshots {
             Err(error) => return Err(error.into()),
         }
         let lease = self.0.store.lease();
-        if let Some(gone) = layers.iter().find(|id| !lease.hold(id)) {
+        let mut all = layers.iter().chain(volumes.values().flatten());
+        if let Some(gone) = all.find(|id| !lease.hold(id)) {
             return Err(SnapshotError::NoLayer {
                 layer: gone.clone(),
             });
         }
         // A crash can have left one without a record.
         self.trash(container_id)?;
-        let made = self.make(&path, container_id, layers);
+        let made = self.make(&path, container_id, layers, volumes);
         if made.is_err()
             && let Err(error) = self.trash(container_id)
         {
@@ -228,6 +267,7 @@ impl Snapshots {
         path: &Path,
         container_id: &str,
         layers: &[LayerId],
+        volumes: &BTreeMap<String, Vec<LayerId>>,
     ) -> Result<(), SnapshotError> {
         let private = Mode::from_raw_mode(0o700);
         let fail = |action| move |source| io(action, path, source);
@@ -245,6 +285,7 @@ impl Snapshots {
         crash::point("snapshot-made");
         let record = SnapshotRecord {
             layers: layers.to_vec(),
+            volumes: volumes.clone(),
         };
         record::save(&path.join(RECORD), &record, Durability::ProcessEnd)?;
         Ok(())
@@ -261,6 +302,7 @@ impl Snapshots {
             .map_err(|source| io("open", &path, source))?;
         Overlay {
             store: &self.0.store,
+            base: self.0.store.fd(),
             layers: &layers,
             writable: Some(dir.as_fd()),
         }
@@ -272,9 +314,13 @@ impl Snapshots {
     /// # Errors
     /// `BadId`, or `Record` where it was not prepared.
     pub fn layers(&self, container_id: &str) -> Result<Vec<LayerId>, SnapshotError> {
+        Ok(self.record(container_id)?.layers)
+    }
+
+    fn record(&self, container_id: &str) -> Result<SnapshotRecord, SnapshotError> {
         check_id(container_id)?;
         let path = self.0.dir.join(container_id).join(RECORD);
-        Ok(record::load::<SnapshotRecord>(&path)?.layers)
+        Ok(record::load::<SnapshotRecord>(&path)?)
     }
 
     /// What the container has written. Walks its files; what it changes
@@ -356,8 +402,11 @@ impl Snapshots {
     pub fn references(&self) -> Result<HashSet<LayerId>, SnapshotError> {
         let mut references = HashSet::new();
         for container_id in self.list()? {
-            match self.layers(&container_id) {
-                Ok(layers) => references.extend(layers),
+            match self.record(&container_id) {
+                Ok(record) => {
+                    references.extend(record.layers);
+                    references.extend(record.volumes.into_values().flatten());
+                }
                 // Being made, under a lease of its own, or just removed.
                 Err(SnapshotError::Record { source }) if source.is_absent() => {}
                 Err(error) => return Err(error),
@@ -389,6 +438,7 @@ pub fn mount_readonly(store: &Store, layers: &[LayerId]) -> Result<OwnedFd, Snap
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     Overlay {
         store,
+        base: store.fd(),
         layers,
         writable: None,
     }
@@ -464,6 +514,8 @@ pub fn read_in_mount(
 /// An overlay to be mounted.
 struct Overlay<'a> {
     store: &'a Store,
+    /// The store's directory, on the mount that the layers are taken from.
+    base: BorrowedFd<'a>,
     /// Lowest first.
     layers: &'a [LayerId],
     /// The directory that has `upper` and `work`.
@@ -548,7 +600,7 @@ impl Overlay<'_> {
         };
         // A value has at most 255 bytes, and the store's path may have more: so through the
         // descriptors, which the kernel resolves here and now.
-        let store = format!("/proc/self/fd/{}/", self.store.fd().as_raw_fd());
+        let store = format!("/proc/self/fd/{}/", self.base.as_raw_fd());
         for (index, lower) in self.lower().iter().enumerate() {
             match set("lowerdir+", format!("{store}{lower}").as_bytes()) {
                 Ok(()) => {}
@@ -578,7 +630,7 @@ impl Overlay<'_> {
         let path = self.store.dir().join(Store::EMPTY_PATH);
         let open = || {
             let empty = rustix::fs::openat(
-                self.store.fd(),
+                self.base,
                 Store::EMPTY_PATH,
                 OPEN_DIRECTORY,
                 Mode::empty(),
@@ -602,7 +654,7 @@ impl Overlay<'_> {
         }
         let open = |path: &str| {
             rustix::fs::openat(
-                self.store.fd(),
+                self.base,
                 path,
                 OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
                 Mode::empty(),
@@ -746,6 +798,7 @@ mod tests {
             let dir = File::open(snapshots.dir().join(&id)).unwrap();
             let overlay = |writable| Overlay {
                 store: &store,
+                base: store.fd(),
                 layers: &layers[..count],
                 writable,
             };
@@ -763,6 +816,7 @@ mod tests {
             drop(writable);
             let again = Overlay {
                 store: &store,
+                base: store.fd(),
                 layers: &layers[..count],
                 writable: Some(fd.as_fd()),
             }
@@ -772,6 +826,7 @@ mod tests {
         }
         let too_many = Overlay {
             store: &store,
+            base: store.fd(),
             layers: &layers,
             writable: None,
         }
