@@ -1,0 +1,224 @@
+//! What follows a process' end, step by step, each with a deadline.
+
+use super::*;
+
+/// Longest wait for a sweep, beyond its own deadline.
+const SWEEP: Duration = Duration::from_secs(12);
+
+/// Longest wait for the logger: its own deadline, and a hung disk's grace.
+const DRAIN: Duration = log::DRAIN.saturating_add(Duration::from_millis(500));
+
+/// Longest wait for a record to be durable.
+const RECORD: Duration = Duration::from_secs(30);
+
+impl Monitor {
+    pub(super) fn reap(&mut self) {
+        let mut seen = [0_u8; 1024];
+        while rustix::io::read(&self.signals, &mut seen).is_ok_and(|count| count > 0) {}
+        while let Some((pid, ended)) = process::reap_any() {
+            self.buried(pid, ended);
+        }
+    }
+
+    /// One child has ended and is reaped: its pid may be somebody else's now.
+    pub(super) fn buried(&mut self, pid: i32, ended: Ended) {
+        let exec = self
+            .execs
+            .iter()
+            .find(|(_, exec)| exec.pid == pid)
+            .map(|(key, _)| *key);
+        if let Some(key) = exec {
+            // Its last words are there already.
+            self.hear_exec(key);
+            self.end_exec(key, ended);
+            return;
+        }
+        if self.pod_init.as_ref().is_some_and(|(init, _)| *init == pid) {
+            self.pod_init = None;
+            return;
+        }
+        let Some(id) = self.containers.iter().find_map(|(id, container)| {
+            let helper = match container.phase {
+                Phase::Sweeping { sweeper, .. } => sweeper,
+                Phase::Recording { recorder, .. } => recorder,
+                _ => 0,
+            };
+            (container.pid == pid || helper == pid).then(|| id.clone())
+        }) else {
+            return;
+        };
+        match self.containers.get(&id).map(|container| &container.phase) {
+            Some(Phase::Sweeping { end, .. }) => {
+                let end = *end;
+                self.drain(&id, end);
+            }
+            Some(Phase::Recording { end, .. }) => {
+                let end = *end;
+                self.ended(&id, end, ended != Ended::Code(0));
+            }
+            _ => self.end_container(&id, ended),
+        }
+    }
+
+    pub(super) fn end_container(&mut self, id: &str, ended: Ended) {
+        // It may have become its program and ended before we heard of it.
+        self.hear_init(id);
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        container.pid = 0;
+        let end = End {
+            ended,
+            finished_at: now(),
+            oom_kills: reaper::oom_kills(&container.cgroup.oom_file)
+                .saturating_sub(container.oom_before),
+        };
+        let cgroup = &container.cgroup;
+        let procs = procs_file(cgroup);
+        if container.shares_pid && !(cgroup.kill_file.is_empty() && procs.is_empty()) {
+            let kill = cgroup.kill_file.clone();
+            match clone::fork(clone::Options::default()) {
+                Ok(Forked::Child) => process::child(Vec::new(), || reaper::sweep(&kill, &procs)),
+                Ok(Forked::Parent { pid, .. }) => {
+                    let until = Instant::now() + SWEEP;
+                    container.phase = Phase::Sweeping {
+                        sweeper: pid,
+                        end,
+                        until,
+                    };
+                    return;
+                }
+                Err(error) => complain("sweep", &Failed::new("clone", id, error)),
+            }
+        }
+        self.drain(id, end);
+    }
+
+    pub(super) fn drain(&mut self, id: &str, end: End) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        if let Some(logger) = &container.logger
+            && status::send(&logger.control, &Note::Finish).is_ok()
+        {
+            container.phase = Phase::Draining {
+                end,
+                until: Instant::now() + DRAIN,
+            };
+            return;
+        }
+        self.record(id, end);
+    }
+
+    pub(super) fn record(&mut self, id: &str, end: End) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        if container.exit_record.is_empty() {
+            self.ended(id, end, true);
+            return;
+        }
+        let exit = ExitRecord {
+            container_id: id.to_owned(),
+            exit_code: end.ended.exit_code(),
+            signal: end.ended.signal(),
+            started_at_ns: container.started_at,
+            finished_at_ns: end.finished_at,
+            oom_kills: end.oom_kills,
+            boot_id: String::new(),
+        };
+        let path = container.exit_record.clone();
+        match clone::fork(clone::Options::default()) {
+            Ok(Forked::Child) => {
+                process::child(Vec::new(), move || reaper::write_record(&path, exit))
+            }
+            Ok(Forked::Parent { pid, .. }) => {
+                let until = Instant::now() + RECORD;
+                container.phase = Phase::Recording {
+                    recorder: pid,
+                    end,
+                    until,
+                };
+            }
+            Err(error) => {
+                complain("record", &Failed::new("clone", id, error));
+                self.ended(id, end, true);
+            }
+        }
+    }
+
+    pub(super) fn ended(&mut self, id: &str, end: End, unrecorded: bool) {
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
+        };
+        let exited = proto::Exited {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+            exit_code: end.ended.exit_code(),
+            signal: end.ended.signal(),
+            finished_at: end.finished_at,
+            oom_kills: end.oom_kills,
+            unrecorded,
+        };
+        container.phase = Phase::Ended(exited.clone());
+        container.console = None;
+        container._stdin = None;
+        let listeners: Vec<u64> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| connection.events)
+            .map(|(token, _)| *token)
+            .collect();
+        for connection in listeners {
+            let asker = Asker {
+                connection,
+                request: 0,
+            };
+            self.reply(asker, ReplyBody::Exited(exited.clone()), Vec::new());
+        }
+    }
+
+    pub(super) fn check_deadlines(&mut self) {
+        let now = Instant::now();
+        if self.accept_again.is_some_and(|at| at <= now) {
+            self.go_on_accepting();
+        }
+        let late: Vec<String> = self
+            .containers
+            .iter()
+            .filter(|(_, container)| match container.phase {
+                Phase::Sweeping { until, .. }
+                | Phase::Draining { until, .. }
+                | Phase::Recording { until, .. } => until <= now,
+                Phase::Starting(_) | Phase::Running | Phase::Ended(_) => false,
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in late {
+            let Some(container) = self.containers.get_mut(&id) else {
+                continue;
+            };
+            match container.phase {
+                Phase::Sweeping { end, .. } => self.drain(&id, end),
+                Phase::Draining { end, .. } => {
+                    // Its disk hangs; what it holds goes when that comes back.
+                    if let Some(logger) = container.logger.take() {
+                        self.sources.remove(&logger.token);
+                        complain("log", &Failed::new("drain", &id, Errno::TIMEDOUT));
+                    }
+                    self.record(&id, end);
+                }
+                Phase::Recording { end, .. } => self.ended(&id, end, true),
+                Phase::Starting(_) | Phase::Running | Phase::Ended(_) => {}
+            }
+        }
+    }
+}
+
+/// The file that lists a cgroup's processes; empty without one.
+fn procs_file(cgroup: &proto::Cgroup) -> String {
+    if !cgroup.directory.is_empty() {
+        return format!("{}/cgroup.procs", cgroup.directory);
+    }
+    cgroup.tasks_files.first().cloned().unwrap_or_default()
+}

@@ -1,0 +1,165 @@
+//! Execs: further processes in running containers.
+
+use super::launch::go_home;
+use super::*;
+
+/// Execs at a time. Each costs a process of the node.
+const MAX_EXECS: usize = 1024;
+
+impl Monitor {
+    pub(super) fn exec(&mut self, asker: Asker, exec: proto::Exec, fds: Vec<OwnedFd>) -> Answer {
+        if exec.exec_id.is_empty() {
+            return Err(Failed::invalid("exec", "no exec ID").into());
+        }
+        if self.find_exec(&exec.container_id, &exec.exec_id).is_some() {
+            return Err(Failed::new("exec", exec.exec_id, Errno::EXIST).into());
+        }
+        if self.execs.len() >= MAX_EXECS || self.ending.is_some() {
+            return Err(Failed::new("exec", exec.exec_id, Errno::AGAIN).into());
+        }
+        self.return_home()?;
+        let container = self.running(&exec.container_id)?;
+        let (ours, theirs) = status::pair().step("socketpair", "")?;
+        let work = Exec {
+            exec: &exec,
+            fds: &fds,
+            init: &container.pidfd,
+            join_user: container.join_user,
+            status: &theirs,
+        };
+        let cgroup = open_cgroup(exec.cgroup.as_ref())?;
+        let options = clone::Options {
+            cgroup: cgroup.as_ref().map(AsFd::as_fd),
+            ..Default::default()
+        };
+        namespace::join_process(&container.pidfd, flag::NEWPID)
+            .step("join namespace", &exec.container_id)?;
+        let forked = clone::fork(options);
+        if let Ok(Forked::Child) = forked {
+            process::child(work.keep(), || work.run());
+        }
+        go_home(&self.own_pid, &mut self.pid_astray, true);
+        let (pid, pidfd) = match forked.step("clone", &exec.exec_id)? {
+            Forked::Parent { pid, pidfd } => (pid, pidfd),
+            Forked::Child => process::exit(255),
+        };
+        drop(theirs);
+        let key = self.next_token;
+        let token = self.token(Source::Exec(key));
+        if let Err(error) = watch(&self.epoll, &ours, token) {
+            let _ = pidfd::send_signal(&pidfd, libc::SIGKILL);
+            self.sources.remove(&token);
+            return Err(Failed::new("epoll_ctl", exec.exec_id, error).into());
+        }
+        self.execs.insert(
+            key,
+            ExecProcess {
+                container_id: exec.container_id,
+                exec_id: exec.exec_id,
+                pid,
+                pidfd: Some(pidfd),
+                start_ticks: reaper::start_ticks(pid),
+                starting: Some(Starting {
+                    status: ours,
+                    token,
+                    asker,
+                    ready: false,
+                    failed: None,
+                    log_failed: None,
+                }),
+                console: None,
+                connection: asker.connection,
+            },
+        );
+        Ok(None)
+    }
+
+    pub(super) fn hear_exec(&mut self, key: u64) {
+        let Some(exec) = self.execs.get_mut(&key) else {
+            return;
+        };
+        let Some(starting) = &mut exec.starting else {
+            return;
+        };
+        if !hear_start(starting, &mut exec.console) {
+            return;
+        }
+        let asker = starting.asker;
+        let token = starting.token;
+        let failed = starting.failed.take().or_else(|| starting.died());
+        exec.starting = None;
+        self.sources.remove(&token);
+        if let Some(failed) = failed {
+            exec.kill(libc::SIGKILL);
+            self.execs.remove(&key);
+            self.fail(asker, failed);
+            return;
+        }
+        let started = proto::Started {
+            pid: exec.pid,
+            start_ticks: exec.start_ticks,
+            started_at: now(),
+        };
+        let console = exec
+            .console
+            .as_ref()
+            .and_then(|console| console.try_clone().ok());
+        let pidfd = exec.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        self.reply(
+            asker,
+            ReplyBody::Started(started),
+            console.into_iter().chain(pidfd).collect(),
+        );
+        // A client that went away before its exec had started.
+        if !self.connections.contains_key(&asker.connection)
+            && let Some(exec) = self.execs.get(&key)
+        {
+            exec.kill(libc::SIGKILL);
+        }
+    }
+
+    pub(super) fn find_exec(&self, container_id: &str, exec_id: &str) -> Option<&ExecProcess> {
+        self.execs
+            .values()
+            .find(|exec| exec.container_id == container_id && exec.exec_id == exec_id)
+    }
+
+    pub(super) fn end_exec(&mut self, key: u64, ended: Ended) {
+        let Some(mut exec) = self.execs.remove(&key) else {
+            return;
+        };
+        // Whoever asked to signal it from now on must not hit another process.
+        exec.pidfd = None;
+        let exited = proto::Exited {
+            container_id: exec.container_id,
+            exec_id: exec.exec_id,
+            exit_code: ended.exit_code(),
+            signal: ended.signal(),
+            finished_at: now(),
+            ..Default::default()
+        };
+        let asker = Asker {
+            connection: exec.connection,
+            request: 0,
+        };
+        self.reply(asker, ReplyBody::Exited(exited), Vec::new());
+    }
+}
+
+impl ExecProcess {
+    /// Signals the whole group, and the process itself in case it leads none yet.
+    pub(super) fn signal(&self, signal: i32) -> Result<(), Errno> {
+        let Some(pidfd) = &self.pidfd else {
+            return Err(Errno::SRCH);
+        };
+        // Not reaped yet, so the pid is still its own and the group's.
+        match process::signal_group(self.pid, signal) {
+            Err(Errno::SRCH) => pidfd::send_signal(pidfd, signal),
+            other => other,
+        }
+    }
+
+    pub(super) fn kill(&self, signal: i32) {
+        let _ = self.signal(signal);
+    }
+}
