@@ -16,7 +16,7 @@
 use crate::conntrack::{self, Which};
 use crate::netlink::NetlinkError;
 use crate::network::{PortMapping, Protocol};
-use crate::nftables::{Element, NftError, Table};
+use crate::nftables::{Element, NftError, Table, number, word};
 use crate::sysctl;
 use berth_store::atomic_file::{Durability, is_temporary};
 use berth_store::{Record, RecordError, crash, record};
@@ -27,9 +27,6 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-
-/// IP protocol number of UDP.
-const UDP: u8 = 17;
 
 /// Why a host port leads nowhere.
 #[derive(Debug, thiserror::Error)]
@@ -207,7 +204,7 @@ impl HostPorts {
             .filter(|mapping| mapping.protocol == Protocol::Udp);
         let stale: Vec<Which> = udp
             .map(|mapping| Which::To {
-                protocol: UDP,
+                protocol: number(Protocol::Udp),
                 port: mapping.host_port,
             })
             .collect();
@@ -403,14 +400,6 @@ fn check<'a>(
     Ok(())
 }
 
-fn word(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-        Protocol::Sctp => "sctp",
-    }
-}
-
 fn spell(mapping: &PortMapping) -> String {
     let port = format!("{}/{}", mapping.host_port, word(mapping.protocol));
     match specific(mapping) {
@@ -424,22 +413,17 @@ fn elements<'a>(all: impl IntoIterator<Item = &'a Ports>) -> Vec<Element> {
     let mut elements = Vec::new();
     for ports in all {
         for mapping in &ports.mappings {
-            let (protocol, port) = (word(mapping.protocol), mapping.host_port);
             for ipv4 in [true, false] {
                 let target = ports.ips.iter().find(|ip| ip.is_ipv4() == ipv4);
                 let Some(target) = target.filter(|_| of_family(mapping, ipv4)) else {
                     continue;
                 };
-                let value = format!("{target} . {}", mapping.container_port);
-                elements.push(match specific(mapping) {
-                    Some(ip) => Element {
-                        map: if ipv4 { "hostports4" } else { "hostports6" },
-                        text: format!("{ip} . {protocol} . {port} : {value}"),
-                    },
-                    None => Element {
-                        map: if ipv4 { "anyports4" } else { "anyports6" },
-                        text: format!("{protocol} . {port} : {value}"),
-                    },
+                elements.push(Element {
+                    host_ip: specific(mapping),
+                    protocol: mapping.protocol,
+                    host_port: mapping.host_port,
+                    target: *target,
+                    target_port: mapping.container_port,
                 });
             }
         }
@@ -499,7 +483,7 @@ mod tests {
             mappings: vec![mapping(host_ip, Protocol::Sctp)],
         };
         let lines = |host_ip| -> Vec<String> {
-            let each = |element: Element| format!("{} {}", element.map, element.text);
+            let each = |element: Element| format!("{} {}", element.map(), element.text());
             elements(&[ports(host_ip)]).into_iter().map(each).collect()
         };
         assert_eq!(

@@ -5,10 +5,12 @@
 //! DIR/leases/.lock         "<generation> <last IPv4 given> <last IPv6 given>\n", padded
 //! ```
 //!
-//! A lease's file is there before it is given, and on the disk ([`Ipam::sync`])
-//! before the pod is told. Its name is the address: one that cannot be read still
-//! keeps its address from others, until [`Ipam::gc`] is told that all of the
-//! node's pods are known and frees it.
+//! A lease's file is there, whole, before its address is given: by rename, so it
+//! outlives a killed daemon. It is not synced: no pod outlives a power cut, so a
+//! lease that one loses is an address that is free, one that it brings back is
+//! taken by [`Ipam::gc`], and so is one that it tore. The file's name is the
+//! address: one that cannot be read still keeps its address from others, until
+//! [`Ipam::gc`] is told that all of the node's pods are known and frees it.
 //! The lock file makes it safe for several processes; its generation tells each
 //! of them when what it knows is old. Addresses are given in turn, so that one
 //! just freed is the last to be given again.
@@ -170,27 +172,6 @@ impl Ipam {
             }
             crash::point("network-leased");
             Ok(given)
-        })
-    }
-
-    /// Returns when the leases on `addresses` survive a power cut. Apart from
-    /// [`Ipam::acquire`], so that it can run while the kernel makes the links and
-    /// others get their addresses: on a busy disk it takes the longest of all.
-    ///
-    /// # Errors
-    /// `Io` where the disk refuses.
-    pub fn sync(&self, addresses: &[IpAddr]) -> Result<(), IpamError> {
-        // After the rename: one commit of the file system's journal has both the file and its
-        // name, and the directory's own fsync finds nothing left to do.
-        let files = addresses.iter().map(|address| self.path(*address));
-        files.chain([self.dir.clone()]).try_for_each(|path| {
-            File::open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(|source| IpamError::Io {
-                    action: "sync",
-                    path,
-                    source,
-                })
         })
     }
 

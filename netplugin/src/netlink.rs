@@ -201,6 +201,41 @@ impl Socket {
         failure.map_or(Ok(answers), Err)
     }
 
+    /// Carries out all of `requests` to nftables or none of them. For one
+    /// transaction: the socket is used up.
+    ///
+    /// # Errors
+    /// `Refused` for the first that failed, or for all of it.
+    pub fn transact(mut self, requests: &[Request]) -> Result<(), NetlinkError> {
+        const BATCH_BEGIN: u16 = 0x10;
+        const BATCH_END: u16 = 0x11;
+        // nfgenmsg of no family, version 0, for the subsystem 10 of nftables.
+        let batch = |kind| Request::raw("begin a transaction", kind, 0, vec![0, 0, 0, 10]);
+        let Some(last) = requests.len().checked_sub(1) else {
+            return Ok(());
+        };
+        let mut all = vec![batch(BATCH_BEGIN)];
+        all.extend_from_slice(requests);
+        // One acknowledgement tells of success; failures tell of themselves.
+        all[last + 1].flags |= NLM_F_ACK;
+        all.push(batch(BATCH_END));
+        let first = self.send(&all, 0)?;
+        let mut result = None;
+        while result.is_none() {
+            self.receive(|header, payload, flags| {
+                let at = header.sequence_number.checked_sub(first);
+                let Some(request) = at.and_then(|at| all.get(at as usize)) else {
+                    return;
+                };
+                if header.message_type != NLMSG_ERROR || matches!(result, Some(Err(_))) {
+                    return;
+                }
+                result = Some(refusal(request, payload, flags).map_or(Ok(()), Err));
+            })?;
+        }
+        result.unwrap_or(Ok(()))
+    }
+
     /// All that the kernel lists in answer to `request`.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 //! ```json
 //! {
 //!   "cniVersion": "1.1.0", "name": "pods", "type": "berth-bridge",
-//!   "bridge": "berth0", "mtu": 1500, "ipMasq": true, "hairpinMode": true,
-//!   "capabilities": { "portMappings": true },
+//!   "bridge": "berth0", "mtu": 1500, "ipMasq": true, "noMasquerade": [], "hairpinMode": true,
+//!   "capabilities": { "portMappings": true, "bandwidth": true },
 //!   "ipam": { "subnets": ["10.187.0.0/16", "fd00:187::/64"], "dataDir": "/var/lib/berth-bridge/pods" }
 //! }
 //! ```
@@ -12,6 +12,7 @@
 //! `subnets` only its first.
 
 use crate::address::IpNet;
+use crate::bandwidth::Bandwidth;
 use crate::bridge::{Attach, Attachment, Bridge, NetError, Settings};
 use crate::hostport::HostPortError;
 use crate::ipam::IpamError;
@@ -64,6 +65,8 @@ struct Config {
     #[serde(default)]
     ip_masq: Option<bool>,
     #[serde(default)]
+    no_masquerade: Vec<IpNet>,
+    #[serde(default)]
     hairpin_mode: Option<bool>,
     #[serde(default)]
     ipam: IpamConfig,
@@ -89,6 +92,8 @@ struct IpamConfig {
 struct RuntimeConfig {
     #[serde(default)]
     port_mappings: Vec<PortMapping>,
+    #[serde(default)]
+    bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Deserialize)]
@@ -147,6 +152,7 @@ fn carry_out(call: &Call<'_>, config: Config) -> Result<Option<Value>, PluginErr
                 netns,
                 ifname: call.ifname,
                 port_mappings: &config.runtime_config.port_mappings,
+                bandwidth: config.runtime_config.bandwidth,
             });
             let attachment = attachment.map_err(told)?;
             let result = result(&attachment, netns, &config.cni_version);
@@ -238,6 +244,7 @@ fn settings(config: &Config) -> Result<Settings, PluginError> {
         settings.bridge = bridge.clone();
     }
     settings.masquerade = config.ip_masq.unwrap_or(settings.masquerade);
+    settings.no_masquerade = config.no_masquerade.clone();
     settings.hairpin = config.hairpin_mode.unwrap_or(settings.hairpin);
     Ok(settings)
 }
@@ -317,6 +324,7 @@ fn told(error: NetError) -> PluginError {
         | NetError::Sysctl { .. }
         | NetError::Netlink(_)
         | NetError::Nft(_)
+        | NetError::NoShaping(_)
         | NetError::Ipam(_)
         | NetError::HostPorts(_) => CODE_KERNEL,
     };

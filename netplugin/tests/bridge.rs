@@ -473,6 +473,7 @@ fn an_attachment_takes_milliseconds() {
             netns: &path,
             ifname: "eth0",
             port_mappings: &[],
+            bandwidth: Default::default(),
         };
         adds.push(timed(&|| drop(bridge.add(&request).unwrap())));
         dels.push(timed(&|| bridge.del(&id, "eth0").unwrap()));

@@ -2,6 +2,7 @@
 //! long as the test, and go with it whatever happens.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use berth_netplugin::bandwidth::Bandwidth;
 use berth_netplugin::bridge::{Attach, Attachment, Bridge, NetError, Settings};
 use berth_netplugin::{PortMapping, netns};
 use berth_sys::clone::flag;
@@ -13,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -89,6 +91,48 @@ impl Netns {
         })
     }
 
+    /// A server on `address` that tells the sender of each datagram how it is seen.
+    pub fn serve_udp(&self, address: &str) -> UdpServer {
+        let socket = Arc::new(self.run(|| UdpSocket::bind(address).unwrap()));
+        let (shared, ended) = (socket.clone(), Arc::new(AtomicBool::new(false)));
+        let over = ended.clone();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        let thread = std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                if let Ok((_, peer)) = shared.recv_from(&mut [0; 64]) {
+                    let seen = peer.ip().to_canonical().to_string();
+                    let _ = shared.send_to(seen.as_bytes(), peer);
+                }
+            }
+        });
+        UdpServer {
+            ended,
+            thread: Some(thread),
+        }
+    }
+
+    /// How the datagram server at `address` sees who asks from here.
+    pub fn ask_udp(&self, address: &str) -> io::Result<IpAddr> {
+        let address: SocketAddr = address.parse().unwrap();
+        let own = if address.is_ipv4() {
+            "0.0.0.0:0"
+        } else {
+            "[::]:0"
+        };
+        let failed = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
+        let socket = self.udp(own);
+        socket.connect(address).map_err(failed)?;
+        socket.send(b"who am I?").map_err(failed)?;
+        let mut answer = [0; 64];
+        let length = socket.recv(&mut answer).map_err(failed)?;
+        std::str::from_utf8(&answer[..length])
+            .map_err(io::Error::other)?
+            .parse()
+            .map_err(io::Error::other)
+    }
+
     /// A UDP socket bound here.
     pub fn udp(&self, address: &str) -> UdpSocket {
         let socket = self.run(|| UdpSocket::bind(address).unwrap());
@@ -105,6 +149,18 @@ pub struct Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+pub struct UdpServer {
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for UdpServer {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
         let _ = self.thread.take().unwrap().join();
     }
 }
@@ -176,9 +232,7 @@ impl World {
         id: &str,
         ports: &[PortMapping],
     ) -> Result<Pod, NetError> {
-        let netns = Netns::new();
-        let attachment = self.attach(bridge, id, &netns, ports)?;
-        Ok(Pod { netns, attachment })
+        Pod::on(&self.host, bridge, id, ports)
     }
 
     pub fn attach(
@@ -188,15 +242,7 @@ impl World {
         netns: &Netns,
         ports: &[PortMapping],
     ) -> Result<Attachment, NetError> {
-        let path = netns.path();
-        let request = Attach {
-            id,
-            name: id,
-            netns: &path,
-            ifname: "eth0",
-            port_mappings: ports,
-        };
-        self.host.run(|| bridge.add(&request))
+        attach(&self.host, bridge, id, netns, ports)
     }
 
     /// What pods may leave behind: links on the host, leases, elements, records.
@@ -245,7 +291,39 @@ pub struct Pod {
     pub attachment: Attachment,
 }
 
+/// Attaches the pod whose namespace `netns` is to a bridge of `host`.
+pub fn attach(
+    host: &Netns,
+    bridge: &Bridge,
+    id: &str,
+    netns: &Netns,
+    ports: &[PortMapping],
+) -> Result<Attachment, NetError> {
+    let path = netns.path();
+    let request = Attach {
+        id,
+        name: id,
+        netns: &path,
+        ifname: "eth0",
+        port_mappings: ports,
+        bandwidth: Bandwidth::default(),
+    };
+    host.run(|| bridge.add(&request))
+}
+
 impl Pod {
+    /// One of its own on `host`, attached.
+    pub fn on(
+        host: &Netns,
+        bridge: &Bridge,
+        id: &str,
+        ports: &[PortMapping],
+    ) -> Result<Self, NetError> {
+        let netns = Netns::new();
+        let attachment = attach(host, bridge, id, &netns, ports)?;
+        Ok(Self { netns, attachment })
+    }
+
     pub fn ip(&self, ipv4: bool) -> IpAddr {
         let ips = &self.attachment.ips;
         ips.iter()
