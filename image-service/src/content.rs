@@ -9,8 +9,11 @@
 //! a power cut a damaged one is simply not there and is fetched again.
 //! Source: OCI image-spec 1.1, `image-layout.md`, "Blobs", for the naming.
 
-use crate::digest::{Algorithm, Digest, Hasher, Mismatch};
+mod hashing;
+
+use crate::digest::{Algorithm, Digest, Mismatch};
 use berth_store::atomic_file::{self, Durability};
+use hashing::Aside;
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -204,7 +207,7 @@ pub struct VerifyingReader<R> {
     expected: Digest,
     size: u64,
     seen: u64,
-    hasher: Option<Hasher>,
+    hasher: Option<Aside>,
     failed: bool,
 }
 
@@ -216,7 +219,7 @@ impl<R: Read> VerifyingReader<R> {
             expected: digest.clone(),
             size,
             seen: 0,
-            hasher: Some(digest.hasher()),
+            hasher: Some(Aside::new(digest.hasher())),
             failed: false,
         }
     }

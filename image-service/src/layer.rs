@@ -1,14 +1,18 @@
 //! The layers on this node: one stored copy each, unpacked.
 //!
 //! ```text
-//! layers/<hex of diff ID>/      fs/  layer.rec  synced     a layer that stands alone
-//! layers/on-<hex of chain ID>/  fs/  layer.rec  synced     one that leans on its parents
-//! layers/empty/                                            for images without layers
-//! layers/ingest-<random>/       fs/                        being unpacked
-//! layers/trash-<random>                                    being removed
+//! layers/<hex of diff ID>/      fs/ layer.rec recipe.zst synced   a layer that stands alone
+//! layers/on-<hex of chain ID>/  fs/ layer.rec recipe.zst synced   one that leans on its parents
+//! layers/<either>/damaged                                         its content was found wrong
+//! layers/old-<random>-<name>/                                     damaged, and fetched again; some
+//!                                                                 container still has it mounted
+//! layers/empty/                                                   for images without layers
+//! layers/ingest-<random>/       fs/ recipe.zst                    being unpacked
+//! layers/trash-<random>                                           being removed
 //!
 //! ingest ── whole and verified: rename ──> layer ── syncfs, then `synced` ──> durable
-//!                                           └── rename ──> trash ── removed in the background
+//!                                           ├── rename ──> trash ── removed in the background
+//!                                           └── `damaged` ── fetched again: rename ──> old
 //! ```
 //!
 //! A layer without `synced` is good until the node reboots: a power cut may
@@ -18,12 +22,14 @@
 //! [`crate::gc`] asks for names it.
 //! Source: OCI image-spec, `config.md`, "Layer DiffID" and "Layer ChainID".
 
+mod damage;
 mod sweep;
+mod verify;
 pub mod walk;
 
 use crate::digest::{BadDigest, Digest};
 use crate::snapshot::{self, SnapshotError};
-use crate::unpack::{self, Compression, Parents, Target, UnpackError};
+use crate::unpack::{self, Compression, Parents, Target, UnpackError, recipe};
 use berth_store::atomic_file::Durability;
 use berth_store::{Record, crash, record};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
@@ -37,10 +43,14 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub(crate) use sweep::Sweeper;
+pub use verify::{Damage, Finding, Pace};
 
 const FS: &str = "fs";
 const RECORD: &str = "layer.rec";
+const RECIPE: &str = "recipe.zst";
 const SYNCED: &str = "synced";
+const DAMAGED: &str = "damaged";
+const OLD: &str = "old-";
 const EMPTY: &str = "empty";
 const INGEST: &str = "ingest-";
 const TRASH: &str = "trash-";
@@ -149,6 +159,22 @@ pub struct LayerInfo {
     /// It hides all layers below it.
     #[serde(default)]
     pub opaque_root: bool,
+    /// What is known of its content.
+    #[serde(default)]
+    pub recipe: Recipe,
+}
+
+/// What was kept from unpacking a layer, see [`crate::unpack::recipe`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recipe {
+    /// Nothing: unpacked by an earlier version.
+    #[default]
+    None,
+    /// The checksum of every file.
+    Files,
+    /// That, and everything else of the archive: it can be put together again.
+    Archive,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -217,6 +243,12 @@ struct State {
     /// Diff IDs being unpacked.
     flights: HashSet<Digest>,
     unsynced: HashSet<LayerId>,
+    /// Layers whose content is not right; containers may have them mounted.
+    damaged: HashMap<LayerId, LayerInfo>,
+    /// Directories of layers that were fetched again since, and what they take.
+    old: HashMap<String, (LayerId, walk::Sums)>,
+    /// What records, recipes and the layers' own directories take, by directory.
+    beside: HashMap<String, walk::Sums>,
     bytes: u64,
     inodes: u64,
 }
@@ -237,6 +269,10 @@ impl State {
 
     fn forget(&mut self, id: &LayerId) -> Option<LayerInfo> {
         self.unsynced.remove(id);
+        self.beside.remove(&id.to_string());
+        if let Some(info) = self.damaged.remove(id) {
+            return Some(info);
+        }
         let info = self.layers.remove(id)?;
         self.bytes = self.bytes.saturating_sub(info.bytes);
         self.inodes = self.inodes.saturating_sub(info.inodes);
@@ -340,12 +376,20 @@ impl Store {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(INGEST) || name.starts_with(TRASH) {
                 self.0.sweeper.remove(name);
+            } else if let Some(id) = damage::old_id(&name) {
+                self.load_old(&mut state, name, id);
             } else if let Ok(id) = name.parse::<LayerId>() {
                 match self.load_layer(&id) {
+                    Some((info, _)) if self.is_marked_damaged(&id) => {
+                        tracing::warn!(layer = %id, "a layer is damaged, it is fetched again when it is needed");
+                        state.beside.insert(name, self.measure_beside(&id));
+                        state.damaged.insert(id, info);
+                    }
                     Some((info, synced)) => {
                         if !synced {
-                            state.unsynced.insert(id);
+                            state.unsynced.insert(id.clone());
                         }
+                        state.beside.insert(name, self.measure_beside(&id));
                         state.add(info);
                     }
                     None => {
@@ -365,7 +409,9 @@ impl Store {
         let path = dir.join(RECORD);
         match record::load::<LayerRecord>(&path) {
             Ok(record)
-                if record.layer.id == *id && (synced || record.boot_id == self.0.boot_id) =>
+                if record.layer.id == *id
+                    && (synced || record.boot_id == self.0.boot_id)
+                    && dir.join(FS).is_dir() =>
             {
                 Some((record.layer, synced))
             }
@@ -387,6 +433,11 @@ impl Store {
                     inodes: sums.inodes,
                     has_root: true,
                     opaque_root: unpack::is_opaque(&root).ok()?,
+                    recipe: if dir.join(RECIPE).exists() {
+                        Recipe::Files
+                    } else {
+                        Recipe::None
+                    },
                 };
                 self.save(&path, &layer).ok()?;
                 Some((layer, true))
@@ -503,7 +554,7 @@ impl Store {
         lease: &Lease,
         ingest: Ingest<'_>,
         diff_id: &Digest,
-        blob: impl Read,
+        blob: impl Read + Send,
     ) -> Result<LayerInfo, UnpackError> {
         let path = self.0.dir.join(name);
         let fail = |action, path: &Path| {
@@ -546,6 +597,15 @@ impl Store {
             replaced.push(name.clone());
             name
         };
+        let recipe_path = path.join(RECIPE);
+        let open_recipe = || {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+            rustix::fs::openat(&ingest_dir, RECIPE, flags, Mode::from_raw_mode(0o600))
+                .and_then(|fd| {
+                    recipe::Writer::new(fd.into()).map_err(|error| recipe::errno(&error))
+                })
+                .map_err(fail("write", &recipe_path))
+        };
         let unpacked = unpack::unpack(
             blob,
             ingest.compression,
@@ -556,6 +616,7 @@ impl Store {
                 attic: self.0.fd.as_fd(),
                 attic_names: &mut attic_names,
                 parents,
+                recipe: open_recipe()?,
             },
         );
         for name in replaced {
@@ -579,11 +640,21 @@ impl Store {
             inodes: summary.inodes,
             has_root: summary.has_root,
             opaque_root: summary.opaque_root,
+            recipe: if summary.is_exact {
+                Recipe::Archive
+            } else {
+                // What an entry wrote and a later one replaced is not there to be checked.
+                let root = rustix::fs::openat(&ingest_dir, FS, OPEN_DIRECTORY, Mode::empty())
+                    .map_err(fail("open", &fs))?;
+                verify::note_files(&root, open_recipe()?).map_err(fail("read", &fs))?;
+                Recipe::Files
+            },
         };
         self.save(&path.join(RECORD), &info)?;
         crash::point("layer-unpacked");
         let mut state = self.state();
         let final_name = id.to_string();
+        self.supersede(&mut state, &id)?;
         rustix::fs::renameat_with(
             &self.0.fd,
             name,
@@ -594,6 +665,8 @@ impl Store {
         .map_err(fail("rename", &path))?;
         crash::point("layer-renamed");
         state.unsynced.insert(id.clone());
+        let beside = self.measure_beside(&id);
+        state.beside.insert(final_name, beside);
         state.add(info.clone());
         lease.take(&mut state, &id);
         Ok(info)
@@ -691,7 +764,8 @@ impl Store {
         let candidates: Vec<LayerId> = {
             let mut state = self.state();
             state.held_while_collecting = Some(state.held.keys().cloned().collect());
-            state.layers.keys().cloned().collect()
+            let damaged = state.damaged.keys();
+            state.layers.keys().chain(damaged).cloned().collect()
         };
         let _end = EndOfCollection(self);
         let referenced = references()?;

@@ -1,6 +1,7 @@
 //! Unpacks one layer, in a stream, into one directory.
 //!
-//! blob ──> decompress ──> hash ──> tar entries ──> files beneath one descriptor
+//! blob ──> decompress ──┬──> tar entries ──> files beneath one descriptor, and the recipe
+//!                       └──> hash
 //!
 //! The result is a layer as overlayfs reads it: a deleted name is a character
 //! device 0:0, a directory that hides what is below has
@@ -11,19 +12,23 @@
 //! Source: OCI image-spec, `layer.md`.
 
 mod archive;
+pub mod recipe;
 mod stream;
 mod tree;
 
+use archive::Archive;
 pub use archive::{MAX_EXTENSION_BYTES, MAX_PATH_BYTES, MAX_XATTR_BYTES};
 pub use stream::Compression;
-pub use tree::BLOCK_BYTES;
+pub(crate) use stream::read as read_archive;
 pub(crate) use tree::is_opaque;
 
 use crate::digest::{Algorithm, Digest};
 use rustix::io::Errno;
+use std::cell::RefCell;
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 /// What is below the layer.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +48,7 @@ pub struct Summary {
     pub entries: u64,
     /// Inodes made, the root included.
     pub inodes: u64,
-    /// Space taken, in bytes: file sizes in whole blocks, and a block per directory.
+    /// Space taken, in bytes, as the file system says.
     pub bytes: u64,
     /// Nothing of the layers below shows through, not even beside what is here.
     /// overlayfs does not look for that on a layer's root, so whoever mounts it must.
@@ -52,6 +57,8 @@ pub struct Summary {
     pub has_root: bool,
     /// The result would be another one above other parents.
     pub leans_on_parents: bool,
+    /// No entry replaced another, so the recipe gives the archive again.
+    pub is_exact: bool,
 }
 
 /// Why a layer could not be unpacked.
@@ -198,6 +205,8 @@ pub struct Target<'a> {
     pub attic_names: &'a mut dyn FnMut() -> String,
     /// What is below the layer.
     pub parents: Parents<'a>,
+    /// Takes down how the archive is put together again.
+    pub recipe: recipe::Writer,
 }
 
 /// Unpacks `blob` into `target`. Blocks; memory does not grow with the layer.
@@ -210,25 +219,39 @@ pub struct Target<'a> {
 /// Any but `DiffId`, `Store`, `Record` and `Parents`. Whatever was made by then
 /// is still there.
 pub fn unpack(
-    blob: impl Read,
+    blob: impl Read + Send,
     compression: Compression,
     algorithm: Algorithm,
     limit_bytes: Option<u64>,
     target: Target<'_>,
 ) -> Result<(Summary, Digest), UnpackError> {
-    let source = stream::Source::open(blob, compression, algorithm, limit_bytes)?;
-    let mut archive = archive::Archive::new(source);
-    let mut tree = tree::Tree::new(
-        target.root,
-        target.attic,
-        target.attic_names,
-        target.parents,
-    );
-    while let Some(entry) = archive.next_entry()? {
-        tree.write(&entry, &mut archive)?;
+    let recipe = Rc::new(RefCell::new(target.recipe));
+    let unpacked = read_archive(blob, compression, algorithm, limit_bytes, |source| {
+        source.record(Rc::clone(&recipe));
+        let mut archive = Archive::new(source);
+        let mut tree = tree::Tree::new(
+            target.root,
+            target.attic,
+            target.attic_names,
+            target.parents,
+            Rc::clone(&recipe),
+        );
+        while let Some(entry) = archive.next_entry()? {
+            tree.write(&entry, &mut archive)?;
+        }
+        tree.finish()
+    })?;
+    if let Some(recipe) = Rc::into_inner(recipe) {
+        recipe
+            .into_inner()
+            .finish()
+            .map_err(|error| UnpackError::Entry {
+                action: "write the recipe of",
+                entry: "the layer".into(),
+                source: recipe::errno(&error),
+            })?;
     }
-    let (digest, _) = archive.into_source().finish()?;
-    Ok((tree.finish()?, digest))
+    Ok(unpacked)
 }
 
 /// A stranger's bytes for a message: printable and not too long.

@@ -16,6 +16,7 @@ pub mod process;
 pub mod pty;
 pub mod seccomp;
 pub mod wire;
+pub mod writeback;
 
 /// What a system call failed with.
 pub use rustix::io::Errno;

@@ -8,6 +8,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use std::collections::HashSet;
 use std::ffi::CString;
+use std::ops::AddAssign;
 use std::os::fd::{AsFd, OwnedFd};
 
 const DIRECTORY: OFlags = OFlags::RDONLY
@@ -22,6 +23,24 @@ pub struct Sums {
     pub bytes: u64,
     /// Inodes, each counted once.
     pub inodes: u64,
+}
+
+impl Sums {
+    /// What one file takes.
+    pub fn of(stat: &Stat) -> Sums {
+        Sums {
+            // Source: stat(2), st_blocks is in units of 512 bytes.
+            bytes: (stat.st_blocks as u64) * 512,
+            inodes: 1,
+        }
+    }
+}
+
+impl AddAssign for Sums {
+    fn add_assign(&mut self, other: Sums) {
+        self.bytes += other.bytes;
+        self.inodes += other.inodes;
+    }
 }
 
 type Identity = (u64, u64);
@@ -111,9 +130,7 @@ pub fn measure(root: &OwnedFd) -> Result<Sums, Errno> {
         if !directory && stat.st_nlink > 1 && !linked.insert(identity(stat)) {
             return;
         }
-        sums.inodes += 1;
-        // Source: stat(2), st_blocks is in units of 512 bytes.
-        sums.bytes += (stat.st_blocks as u64) * 512;
+        sums += Sums::of(stat);
     };
     let mut current = rustix::fs::openat(root, ".", DIRECTORY, Mode::empty())?;
     let stat = rustix::fs::fstat(&current)?;

@@ -11,7 +11,6 @@
 
 use super::UnpackError;
 use super::stream::Source;
-use std::io::Read;
 
 const BLOCK: usize = 512;
 
@@ -82,28 +81,23 @@ pub struct Entry {
 type Records = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// Reads entries; after each, its data must be read or skipped by [`Archive::data`].
-pub struct Archive<R: Read> {
-    source: Source<R>,
+pub struct Archive<'s> {
+    source: &'s mut Source,
     globals: Records,
     /// Bytes of data of the last entry not yet taken, and padding behind them.
     remaining: u64,
     padding: u64,
 }
 
-impl<R: Read> Archive<R> {
+impl<'s> Archive<'s> {
     /// An archive whose first header is the source's next bytes.
-    pub fn new(source: Source<R>) -> Archive<R> {
+    pub fn new(source: &'s mut Source) -> Archive<'s> {
         Archive {
             source,
             globals: Vec::new(),
             remaining: 0,
             padding: 0,
         }
-    }
-
-    /// The source, for its end.
-    pub fn into_source(self) -> Source<R> {
-        self.source
     }
 
     /// The next entry, or `None` at the end of the archive.
@@ -176,7 +170,7 @@ impl<R: Read> Archive<R> {
     /// Takes `count` of the bytes [`Archive::data`] showed.
     pub fn consume(&mut self, count: usize) {
         self.remaining -= count as u64;
-        self.source.consume(count);
+        self.source.consume_data(count);
     }
 
     fn skip_data(&mut self) -> Result<(), UnpackError> {

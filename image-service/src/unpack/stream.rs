@@ -1,19 +1,31 @@
 //! The bytes of a layer's archive: decompressed and hashed as they pass.
 //!
-//! reader ──> magic checked ──> gzip, zstd or as it is ──> hash ──> archive
+//! ```text
+//! reader ──> magic checked ──> gzip, zstd or as it is ──┬──> archive     the caller's thread
+//!            one thread                                 └──> hash        one thread
+//! ```
+//! The three work on different blocks at the same time; a handful of blocks goes round, so
+//! memory does not depend on the layer. A layer that fits one block needs no threads.
 
 use super::UnpackError;
+use super::recipe;
 use crate::digest::{Algorithm, Digest, Hasher};
 use flate2::bufread::MultiGzDecoder;
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread;
 
 /// Compressed bytes held at once.
 const INPUT_BYTES: usize = 64 << 10;
-/// Decompressed bytes held at once; also the largest single write to a file.
-const OUTPUT_BYTES: usize = 256 << 10;
+/// Decompressed bytes in one block; also the largest single write to a file.
+const BLOCK_BYTES: usize = 256 << 10;
+/// Blocks that wait for one consumer; with those at work at most ten are in memory.
+const BLOCKS_AHEAD: usize = 3;
 /// Largest zstd window accepted, as a power of two: 128 MiB, what `zstd`
 /// itself takes without `--long`. More would let a layer choose our memory.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
@@ -54,10 +66,97 @@ impl fmt::Display for Compression {
     }
 }
 
+/// Reads `blob` to its end and lets `consume` see it uncompressed, in order; gives what
+/// `consume` gave and the digest of the whole uncompressed archive.
+///
+/// Refuses a blob that is compressed otherwise than `compression` says, one that goes on after
+/// its compressed data, and more than `limit_bytes` uncompressed. What follows the archive's end
+/// marker counts into the digest and is otherwise of no interest, as in every tar reader.
+///
+/// # Errors
+/// Those of `consume`; `Read`, `Decompress`, `OtherCompression`, `TrailingBytes`, `TooLarge`,
+/// `Truncated`.
+pub fn read<T>(
+    blob: impl Read + Send,
+    compression: Compression,
+    algorithm: Algorithm,
+    limit_bytes: Option<u64>,
+    consume: impl FnOnce(&mut Source) -> Result<T, UnpackError>,
+) -> Result<(T, Digest), UnpackError> {
+    let mut decode = Decode::open(blob, compression, limit_bytes)?;
+    let mut first = Block::new();
+    let more = decode.fill(&mut first)?;
+    let mut hasher = Hasher::new(algorithm);
+    if !more {
+        decode.end()?;
+        hasher.update(first.bytes());
+        let mut source = Source::new(Some(Arc::new(first)), None);
+        let consumed = consume(&mut source)?;
+        source.drain()?;
+        return Ok((consumed, hasher.finish()));
+    }
+    thread::scope(|scope| {
+        let (to_archive, archive_blocks) = mpsc::sync_channel(BLOCKS_AHEAD);
+        let (to_hash, hash_blocks) = mpsc::sync_channel::<Arc<Block>>(BLOCKS_AHEAD);
+        let (spent, returned) = mpsc::channel();
+        let hash_spent = spent.clone();
+        let cannot = |source| UnpackError::Read { source };
+        let hashing = thread::Builder::new()
+            .name("layer-hash".into())
+            .spawn_scoped(scope, move || {
+                for block in hash_blocks {
+                    hasher.update(block.bytes());
+                    let _ = hash_spent.send(block);
+                }
+                hasher.finish()
+            })
+            .map_err(cannot)?;
+        thread::Builder::new()
+            .name("layer-decode".into())
+            .spawn_scoped(scope, move || {
+                decode.run(first, &to_archive, &to_hash, &returned);
+            })
+            .map_err(cannot)?;
+        let mut source = Source::new(
+            None,
+            Some(Feed {
+                blocks: archive_blocks,
+                spent,
+            }),
+        );
+        let consumed = consume(&mut source)?;
+        source.drain()?;
+        drop(source);
+        let digest = hashing.join().map_err(|_| UnpackError::Read {
+            source: io::Error::other("the hashing thread panicked"),
+        })?;
+        Ok((consumed, digest))
+    })
+}
+
+/// Uncompressed bytes.
+struct Block {
+    buffer: Box<[u8]>,
+    length: usize,
+}
+
+impl Block {
+    fn new() -> Block {
+        Block {
+            buffer: vec![0; BLOCK_BYTES].into_boxed_slice(),
+            length: 0,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[..self.length]
+    }
+}
+
 /// The reader the caller gave, remembering whether it was the one that failed.
 struct Tap<R> {
     reader: R,
-    failed: Rc<Cell<bool>>,
+    failed: Arc<AtomicBool>,
 }
 
 impl<R: Read> Read for Tap<R> {
@@ -66,7 +165,7 @@ impl<R: Read> Read for Tap<R> {
             match self.reader.read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    self.failed.set(true);
+                    self.failed.store(true, Ordering::Relaxed);
                     return Err(error);
                 }
                 Ok(count) => return Ok(count),
@@ -83,32 +182,25 @@ enum Decoder<R: Read> {
     Zstd(zstd::stream::read::Decoder<'static, Input<R>>),
 }
 
-/// A layer's archive, uncompressed.
-pub struct Source<R: Read> {
+/// The producing end.
+struct Decode<R: Read> {
     decoder: Decoder<R>,
     compression: Compression,
-    failed: Rc<Cell<bool>>,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    hasher: Hasher,
-    position: u64,
+    failed: Arc<AtomicBool>,
+    produced: u64,
     limit_bytes: Option<u64>,
 }
 
-impl<R: Read> Source<R> {
-    /// Reads the first bytes and refuses a blob that is compressed otherwise
-    /// than `compression` says. `limit_bytes` bounds the uncompressed size.
-    pub fn open(
+impl<R: Read> Decode<R> {
+    fn open(
         reader: R,
         compression: Compression,
-        algorithm: Algorithm,
         limit_bytes: Option<u64>,
-    ) -> Result<Source<R>, UnpackError> {
-        let failed = Rc::new(Cell::new(false));
+    ) -> Result<Decode<R>, UnpackError> {
+        let failed = Arc::new(AtomicBool::new(false));
         let mut tap = Tap {
             reader,
-            failed: failed.clone(),
+            failed: Arc::clone(&failed),
         };
         let mut start = Vec::with_capacity(4);
         (&mut tap)
@@ -142,17 +234,137 @@ impl<R: Read> Source<R> {
                 Decoder::Zstd(decoder)
             }
         };
-        Ok(Source {
+        Ok(Decode {
             decoder,
             compression,
             failed,
-            buffer: vec![0; OUTPUT_BYTES].into_boxed_slice(),
-            start: 0,
-            end: 0,
-            hasher: Hasher::new(algorithm),
-            position: 0,
+            produced: 0,
             limit_bytes,
         })
+    }
+
+    /// Fills `block` as far as there is something; `false` at the end of the archive. On an
+    /// error `block` has what came before it.
+    fn fill(&mut self, block: &mut Block) -> Result<bool, UnpackError> {
+        block.length = 0;
+        while block.length < block.buffer.len() {
+            let room = &mut block.buffer[block.length..];
+            let read = match &mut self.decoder {
+                Decoder::Plain(reader) => reader.read(room),
+                Decoder::Gzip(reader) => reader.read(room),
+                Decoder::Zstd(reader) => reader.read(room),
+            };
+            let count = match read {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => return Err(self.failure(source)),
+                Ok(0) => return Ok(false),
+                Ok(count) => count,
+            };
+            block.length += count;
+            self.produced += count as u64;
+            if let Some(limit_bytes) = self.limit_bytes
+                && self.produced > limit_bytes
+            {
+                return Err(UnpackError::TooLarge { limit_bytes });
+            }
+        }
+        Ok(true)
+    }
+
+    /// The decoders stop where their format ends; the blob must end there too, and only its
+    /// reader's own end says that the compressed digest was right.
+    fn end(&mut self) -> Result<(), UnpackError> {
+        let rest = match &mut self.decoder {
+            Decoder::Plain(input) => input.fill_buf().map(<[u8]>::len),
+            Decoder::Gzip(decoder) => decoder.get_mut().fill_buf().map(<[u8]>::len),
+            Decoder::Zstd(decoder) => decoder.get_mut().fill_buf().map(<[u8]>::len),
+        };
+        match rest {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(UnpackError::TrailingBytes {
+                compression: self.compression,
+            }),
+            Err(source) => Err(self.failure(source)),
+        }
+    }
+
+    fn failure(&self, source: io::Error) -> UnpackError {
+        if self.failed.load(Ordering::Relaxed) {
+            return UnpackError::Read { source };
+        }
+        UnpackError::Decompress {
+            compression: self.compression,
+            source,
+        }
+    }
+
+    /// Passes on `first` and everything after it, until the end, an error, or until the archive
+    /// is no longer listened to.
+    fn run(
+        mut self,
+        first: Block,
+        to_archive: &SyncSender<Result<Arc<Block>, UnpackError>>,
+        to_hash: &SyncSender<Arc<Block>>,
+        returned: &Receiver<Arc<Block>>,
+    ) {
+        let send = |block: Block| {
+            let block = Arc::new(block);
+            to_hash.send(Arc::clone(&block)).is_ok() && to_archive.send(Ok(block)).is_ok()
+        };
+        if !send(first) {
+            return;
+        }
+        loop {
+            // Both consumers give each block back; the second to do so is its last owner.
+            let mut block = returned
+                .try_iter()
+                .find_map(Arc::into_inner)
+                .unwrap_or_else(Block::new);
+            let filled = self.fill(&mut block);
+            if block.length > 0 && !send(block) {
+                return;
+            }
+            let ended = match filled {
+                Ok(true) => continue,
+                Ok(false) => self.end(),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
+                let _ = to_archive.send(Err(error));
+            }
+            return;
+        }
+    }
+}
+
+struct Feed {
+    blocks: Receiver<Result<Arc<Block>, UnpackError>>,
+    spent: Sender<Arc<Block>>,
+}
+
+/// A layer's archive, uncompressed: the consuming end.
+pub struct Source {
+    feed: Option<Feed>,
+    block: Option<Arc<Block>>,
+    start: usize,
+    position: u64,
+    recipe: Option<Rc<RefCell<recipe::Writer>>>,
+}
+
+impl Source {
+    fn new(block: Option<Arc<Block>>, feed: Option<Feed>) -> Source {
+        Source {
+            feed,
+            block,
+            start: 0,
+            position: 0,
+            recipe: None,
+        }
+    }
+
+    /// From now on what is not a file's data is written down there.
+    pub fn record(&mut self, recipe: Rc<RefCell<recipe::Writer>>) {
+        self.recipe = Some(recipe);
     }
 
     /// How many uncompressed bytes were consumed.
@@ -162,35 +374,40 @@ impl<R: Read> Source<R> {
 
     /// The next bytes, at least one but at the end of the archive.
     pub fn fill(&mut self) -> Result<&[u8], UnpackError> {
-        if self.start == self.end {
-            let read = loop {
-                let read = match &mut self.decoder {
-                    Decoder::Plain(reader) => reader.read(&mut self.buffer),
-                    Decoder::Gzip(reader) => reader.read(&mut self.buffer),
-                    Decoder::Zstd(reader) => reader.read(&mut self.buffer),
-                };
-                match read {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    other => break other,
-                }
+        while self
+            .block
+            .as_ref()
+            .is_none_or(|block| self.start == block.length)
+        {
+            let Some(feed) = &self.feed else {
+                return Ok(&[]);
             };
-            let count = read.map_err(|source| self.failure(source))?;
-            self.hasher.update(&self.buffer[..count]);
-            (self.start, self.end) = (0, count);
-            if let Some(limit) = self.limit_bytes
-                && self.position + count as u64 > limit
-            {
-                return Err(UnpackError::TooLarge { limit_bytes: limit });
+            if let Some(block) = self.block.take() {
+                let _ = feed.spent.send(block);
             }
+            match feed.blocks.recv() {
+                Ok(block) => self.block = Some(block?),
+                // The producer has come to the end.
+                Err(_) => return Ok(&[]),
+            }
+            self.start = 0;
         }
-        Ok(&self.buffer[self.start..self.end])
+        let block = self.block.as_ref().map_or(&[][..], |block| block.bytes());
+        Ok(&block[self.start..])
     }
 
-    /// Takes `count` of the bytes [`Source::fill`] showed.
-    pub fn consume(&mut self, count: usize) {
-        debug_assert!(count <= self.end - self.start);
+    fn take(&mut self, count: usize, is_data: bool) {
+        if !is_data && let (Some(recipe), Some(block)) = (&self.recipe, &self.block) {
+            let bytes = &block.bytes()[self.start..self.start + count];
+            recipe.borrow_mut().raw(bytes);
+        }
         self.start += count;
         self.position += count as u64;
+    }
+
+    /// Takes `count` of the bytes [`Source::fill`] showed, which are a file's data.
+    pub fn consume_data(&mut self, count: usize) {
+        self.take(count, true);
     }
 
     /// Fills `out` whole; `false` when the archive ended before its first byte.
@@ -208,7 +425,7 @@ impl<R: Read> Source<R> {
             }
             let count = bytes.len().min(out.len() - done);
             out[done..done + count].copy_from_slice(&bytes[..count]);
-            self.consume(count);
+            self.take(count, false);
             done += count;
         }
         Ok(true)
@@ -224,48 +441,19 @@ impl<R: Read> Source<R> {
                 });
             }
             let now = available.min(count);
-            self.consume(now as usize);
+            self.take(now as usize, false);
             count -= now;
         }
         Ok(())
     }
 
-    /// Reads to the end of the archive and of the compressed bytes, and gives
-    /// the digest of the whole archive and its size in bytes.
-    ///
-    /// What follows the archive's end marker counts into the digest and is
-    /// otherwise of no interest, as in every tar reader.
-    pub fn finish(mut self) -> Result<(Digest, u64), UnpackError> {
+    fn drain(&mut self) -> Result<(), UnpackError> {
         loop {
             let count = self.fill()?.len();
             if count == 0 {
-                break;
+                return Ok(());
             }
-            self.consume(count);
-        }
-        // The decoders stop where their format ends; the blob must end there too, and only
-        // its reader's own end says that the compressed digest was right.
-        let rest = match self.decoder {
-            Decoder::Plain(ref mut input) => input.fill_buf().map(<[u8]>::len),
-            Decoder::Gzip(ref mut decoder) => decoder.get_mut().fill_buf().map(<[u8]>::len),
-            Decoder::Zstd(ref mut decoder) => decoder.get_mut().fill_buf().map(<[u8]>::len),
-        };
-        match rest {
-            Ok(0) => Ok((self.hasher.finish(), self.position)),
-            Ok(_) => Err(UnpackError::TrailingBytes {
-                compression: self.compression,
-            }),
-            Err(source) => Err(self.failure(source)),
-        }
-    }
-
-    fn failure(&self, source: io::Error) -> UnpackError {
-        if self.failed.get() {
-            return UnpackError::Read { source };
-        }
-        UnpackError::Decompress {
-            compression: self.compression,
-            source,
+            self.take(count, false);
         }
     }
 }
