@@ -21,6 +21,16 @@ pub enum Stream {
     Stderr,
 }
 
+impl Stream {
+    /// As it stands in a log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stream::Stdout => "stdout",
+            Stream::Stderr => "stderr",
+        }
+    }
+}
+
 /// Nanoseconds since 1970 as RFC 3339 in UTC, always with nine digits.
 pub fn timestamp(nanoseconds: i64) -> [u8; 30] {
     let seconds = nanoseconds.div_euclid(1_000_000_000);
@@ -57,6 +67,9 @@ pub fn timestamp(nanoseconds: i64) -> [u8; 30] {
     text
 }
 
+/// Length of what stands before a line's text: stamp, stream, tag.
+pub const PREFIX_BYTES: usize = "2006-01-02T15:04:05.000000000Z stdout F ".len();
+
 /// Cuts one stream into lines.
 #[derive(Debug)]
 pub struct Splitter {
@@ -64,6 +77,8 @@ pub struct Splitter {
     limit: usize,
     /// What has come since the last line or part, at most `limit` bytes.
     pending: Vec<u8>,
+    /// Parts of the current line have been written.
+    open: bool,
 }
 
 impl Splitter {
@@ -74,53 +89,109 @@ impl Splitter {
             stream,
             limit: limit.max(1),
             pending: Vec::new(),
+            open: false,
         }
     }
 
     /// Takes what was read at `now` (nanoseconds since 1970) and appends the
-    /// lines it completes to `out`.
-    pub fn feed(&mut self, mut bytes: &[u8], now: i64, out: &mut Vec<u8>) {
-        let prefix = timestamp(now);
+    /// lines it completes to `out`: how many. All of one read have the same
+    /// stamp, as they came out of the pipe at once.
+    pub fn feed(&mut self, mut bytes: &[u8], now: i64, out: &mut Vec<u8>) -> u64 {
+        let whole = self.prefix(now, b'F');
+        let part = self.prefix(now, b'P');
+        let mut lines = 0;
         while !bytes.is_empty() {
             let room = self.limit - self.pending.len();
             // One more than fits, to see whether a newline follows exactly.
-            let window = &bytes[..bytes.len().min(room + 1)];
-            match window.iter().position(|&byte| byte == b'\n') {
+            let window = &bytes[..bytes.len().min(room.saturating_add(1))];
+            match memchr::memchr(b'\n', window) {
                 Some(at) => {
-                    self.line(&prefix, b'F', &bytes[..at], out);
+                    out.extend_from_slice(&whole);
+                    if !self.pending.is_empty() {
+                        out.extend_from_slice(&self.pending);
+                        self.pending.clear();
+                    }
+                    out.extend_from_slice(&bytes[..=at]);
                     bytes = &bytes[at + 1..];
+                    self.open = false;
+                    lines += 1;
                 }
                 None if window.len() > room => {
-                    self.line(&prefix, b'P', &bytes[..room], out);
+                    out.extend_from_slice(&part);
+                    out.extend_from_slice(&self.pending);
+                    self.pending.clear();
+                    out.extend_from_slice(&bytes[..room]);
+                    out.push(b'\n');
                     bytes = &bytes[room..];
+                    self.open = true;
                 }
                 None => {
                     self.pending.extend_from_slice(bytes);
-                    return;
+                    break;
                 }
             }
         }
+        lines
     }
 
-    /// Appends what is left at the end of the stream.
-    pub fn finish(&mut self, now: i64, out: &mut Vec<u8>) {
-        if !self.pending.is_empty() {
-            self.line(&timestamp(now), b'F', &[], out);
+    /// Appends what is left at the end of the stream; true when that was a line.
+    pub fn finish(&mut self, now: i64, out: &mut Vec<u8>) -> bool {
+        if self.pending.is_empty() {
+            return false;
+        }
+        self.end_line(now, out);
+        true
+    }
+
+    /// Gives up the line that has begun, as the rest of it will not come. Parts
+    /// that were written are ended, so that the next line is one of its own.
+    pub fn abandon(&mut self, now: i64, out: &mut Vec<u8>) -> Abandoned {
+        if self.open {
+            self.end_line(now, out);
+            return Abandoned::Line { bytes: 0 };
+        }
+        let bytes = self.pending.len() as u64;
+        self.pending.clear();
+        match bytes {
+            0 => Abandoned::Nothing,
+            bytes => Abandoned::Line { bytes },
         }
     }
 
-    fn line(&mut self, prefix: &[u8], tag: u8, rest: &[u8], out: &mut Vec<u8>) {
-        out.extend_from_slice(prefix);
-        out.extend_from_slice(match self.stream {
-            Stream::Stdout => b" stdout ",
-            Stream::Stderr => b" stderr ",
-        });
-        out.extend_from_slice(&[tag, b' ']);
+    /// A line of our own in the container's log.
+    pub fn remark(&self, text: &str, now: i64, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.prefix(now, b'F'));
+        out.extend_from_slice(text.as_bytes());
+        out.push(b'\n');
+    }
+
+    fn end_line(&mut self, now: i64, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.prefix(now, b'F'));
         out.extend_from_slice(&self.pending);
-        out.extend_from_slice(rest);
         out.push(b'\n');
         self.pending.clear();
+        self.open = false;
     }
+
+    fn prefix(&self, now: i64, tag: u8) -> [u8; PREFIX_BYTES] {
+        let mut prefix = *b"0000-00-00T00:00:00.000000000Z stdout F ";
+        prefix[..30].copy_from_slice(&timestamp(now));
+        prefix[31..37].copy_from_slice(self.stream.name().as_bytes());
+        prefix[PREFIX_BYTES - 2] = tag;
+        prefix
+    }
+}
+
+/// What [`Splitter::abandon`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Abandoned {
+    /// No line had begun.
+    Nothing,
+    /// One had; so many of its bytes are in no log.
+    Line {
+        /// Bytes of output.
+        bytes: u64,
+    },
 }
 
 #[cfg(test)]

@@ -21,9 +21,11 @@ mod execs;
 mod launch;
 mod logs;
 
+use logs::LoggerProcess;
+
 use crate::exec::Exec;
 use crate::init::{Init, PodNamespaces};
-use crate::log::{self, Logger};
+use crate::log::{self, Logger, counts::Counts};
 use crate::namespaces::{self, Made};
 use crate::status::{self, Failed, Heard, Note, Step};
 use crate::wire::{Connection, Dropped, Incoming};
@@ -82,13 +84,6 @@ struct Starting {
     log_failed: Option<Failed>,
 }
 
-/// A container's logger.
-struct LoggerProcess {
-    control: OwnedFd,
-    token: u64,
-    reopens: Vec<Asker>,
-}
-
 /// Where a container stands.
 enum Phase {
     Starting(Starting),
@@ -127,8 +122,8 @@ struct Container {
     phase: Phase,
     logger: Option<LoggerProcess>,
     console: Option<OwnedFd>,
-    /// Kept open so that the container does not read an end it was not sent.
-    _stdin: Option<OwnedFd>,
+    /// What its log has had: `log::counts`.
+    log_page: OwnedFd,
     join_user: bool,
     /// Others' processes may be in its PID namespace.
     shares_pid: bool,
@@ -338,7 +333,7 @@ impl Monitor {
                     Phase::Ended(exited) => Some(exited.clone()),
                     _ => None,
                 },
-                log: None,
+                log: Some(Counts::read(&container.log_page).into_proto()),
             });
         proto::State {
             containers: containers.collect(),
@@ -448,7 +443,6 @@ fn hear_start(starting: &mut Starting, console: &mut Option<OwnedFd>) -> bool {
             Heard::Note(Note::Ready) => starting.ready = true,
             Heard::Note(Note::Console(fd)) => *console = Some(fd),
             Heard::Note(Note::Failed(failed)) => starting.failed = Some(failed),
-            Heard::Note(_) => {}
             Heard::Nothing => return false,
             Heard::End => return true,
         }

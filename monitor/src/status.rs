@@ -6,9 +6,7 @@
 //! ```text
 //! 'R'                                            ready: exec comes next
 //! 'C' + one descriptor                           the master of the console
-//! 'O'                                            the log is open (again)
 //! 'F' errno:i32le stage 0 detail                 a step failed
-//! 'N' ...                                        orders to the logger, see `log`
 //! ```
 //!
 //! The socket is close-on-exec: its end after 'R' means that execve succeeded,
@@ -26,6 +24,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Longest note: a stage and a path.
 const MAX_NOTE: usize = 4096 + 256;
+
+/// Most descriptors with one: stdin, stdout, stderr.
+pub const MAX_FDS: usize = 3;
 
 /// A step that could not be carried out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,14 +91,8 @@ pub enum Note {
     Ready,
     /// The console's master.
     Console(OwnedFd),
-    /// The log file is open.
-    Opened,
     /// Why it goes no further.
     Failed(Failed),
-    /// To the logger: open the file again.
-    Reopen,
-    /// To the logger: the container has ended, drain and go.
-    Finish,
 }
 
 /// What [`receive`] found.
@@ -128,24 +123,29 @@ pub fn pair() -> Result<(OwnedFd, OwnedFd), Errno> {
 /// EPIPE when nobody is there.
 pub fn send(socket: impl AsFd, note: &Note) -> Result<(), Errno> {
     let (bytes, fd) = encode(note);
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
     let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
-    if !fds.is_empty() {
-        control.push(SendAncillaryMessage::ScmRights(&fds));
+    send_datagram(socket, &bytes, &fds)
+}
+
+/// Sends a datagram with at most [`MAX_FDS`] descriptors, without waiting.
+///
+/// # Errors
+/// EPIPE when nobody is there, EAGAIN when nobody reads.
+pub fn send_datagram(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(Errno::TOOMANYREFS);
     }
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, flags).map(drop)
+    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags).map(drop)
 }
 
 fn encode(note: &Note) -> (Vec<u8>, Option<BorrowedFd<'_>>) {
     match note {
         Note::Ready => (b"R".to_vec(), None),
         Note::Console(fd) => (b"C".to_vec(), Some(fd.as_fd())),
-        Note::Opened => (b"O".to_vec(), None),
         Note::Failed(failed) => (encode_failed(failed), None),
-        Note::Reopen => (b"NR".to_vec(), None),
-        Note::Finish => (b"NF".to_vec(), None),
     }
 }
 
@@ -179,9 +179,6 @@ fn decode(bytes: &[u8], fd: Option<OwnedFd>) -> Option<Note> {
     let note = match (bytes, fd) {
         (b"R", _) => Note::Ready,
         (b"C", Some(fd)) => Note::Console(fd),
-        (b"O", _) => Note::Opened,
-        (b"NR", _) => Note::Reopen,
-        (b"NF", _) => Note::Finish,
         (bytes, _) if bytes.first() == Some(&b'F') => Note::Failed(decode_failed(bytes)?),
         _ => return None,
     };
@@ -192,10 +189,37 @@ fn decode(bytes: &[u8], fd: Option<OwnedFd>) -> Option<Note> {
 pub fn receive(socket: impl AsFd) -> Heard {
     let socket = socket.as_fd();
     loop {
-        let mut bytes = [0; MAX_NOTE];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        match receive_datagram(socket) {
+            Datagram::Nothing => return Heard::Nothing,
+            Datagram::End => return Heard::End,
+            Datagram::Bytes(bytes, fds) => {
+                if let Some(note) = decode(&bytes, fds.into_iter().next()) {
+                    return Heard::Note(note);
+                }
+            }
+        }
+    }
+}
+
+/// What [`receive_datagram`] found.
+#[derive(Debug)]
+pub enum Datagram {
+    /// One, with its descriptors.
+    Bytes(Vec<u8>, Vec<OwnedFd>),
+    /// None for now.
+    Nothing,
+    /// None will come any more.
+    End,
+}
+
+/// Takes one datagram, without waiting.
+pub fn receive_datagram(socket: impl AsFd) -> Datagram {
+    let socket = socket.as_fd();
+    let mut bytes = [0; MAX_NOTE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    loop {
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let got = {
             let mut parts = [IoSliceMut::new(&mut bytes)];
             rustix::net::recvmsg(socket, &mut parts, &mut control, flags)
@@ -203,21 +227,19 @@ pub fn receive(socket: impl AsFd) -> Heard {
         let length = match got {
             Ok(message) => message.bytes,
             Err(Errno::INTR) => continue,
-            Err(Errno::AGAIN) => return Heard::Nothing,
-            Err(_) => return Heard::End,
+            Err(Errno::AGAIN) => return Datagram::Nothing,
+            Err(_) => return Datagram::End,
         };
-        let mut fd = None;
+        let mut fds = Vec::new();
         for item in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = item {
-                fd = fds.into_iter().next().or(fd);
+            if let RecvAncillaryMessage::ScmRights(some) = item {
+                fds.extend(some);
             }
         }
-        if length == 0 {
-            return Heard::End;
-        }
-        if let Some(note) = bytes.get(..length).and_then(|bytes| decode(bytes, fd)) {
-            return Heard::Note(note);
-        }
+        return match length {
+            0 => Datagram::End,
+            length => Datagram::Bytes(bytes[..length.min(MAX_NOTE)].to_vec(), fds),
+        };
     }
 }
 

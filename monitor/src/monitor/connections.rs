@@ -136,7 +136,7 @@ impl Monitor {
                 }
                 let hello = proto::HelloReply {
                     protocol: proto::PROTOCOL,
-                    features: proto::feature::BASE,
+                    features: proto::feature::BASE | proto::feature::ATTACH,
                     pod_id: self.options.pod.clone(),
                     pid: std::process::id() as i32,
                     version: env!("CARGO_PKG_VERSION").into(),
@@ -153,9 +153,7 @@ impl Monitor {
             Some(Body::Launch(launch)) => self.launch(asker, launch, fds),
             Some(Body::Exec(exec)) => self.exec(asker, exec, fds),
             Some(Body::ReopenLog(request)) => self.reopen_log(asker, &request.container_id),
-            Some(Body::Attach(attach)) => {
-                Err(Failed::new("attach", attach.container_id, Errno::NOSYS).into())
-            }
+            Some(Body::Attach(attach)) => self.attach(asker, attach, fds),
             Some(Body::Signal(signal)) => self.signal(&signal).map(Some),
             Some(Body::ResizeTty(resize)) => self.resize(&resize).map(Some),
             Some(Body::Forget(forget)) => self.forget(&forget.container_id).map(Some),

@@ -1,6 +1,7 @@
 //! What follows a process' end, step by step, each with a deadline.
 
 use super::*;
+use crate::log::order::Order;
 
 /// Longest wait for a sweep, beyond its own deadline.
 const SWEEP: Duration = Duration::from_secs(12);
@@ -99,7 +100,7 @@ impl Monitor {
             return;
         };
         if let Some(logger) = &container.logger
-            && status::send(&logger.control, &Note::Finish).is_ok()
+            && Order::Finish.send(&logger.control).is_ok()
         {
             container.phase = Phase::Draining {
                 end,
@@ -162,7 +163,6 @@ impl Monitor {
         };
         container.phase = Phase::Ended(exited.clone());
         container.console = None;
-        container._stdin = None;
         let listeners: Vec<u64> = self
             .connections
             .iter()
@@ -201,11 +201,8 @@ impl Monitor {
             match container.phase {
                 Phase::Sweeping { end, .. } => self.drain(&id, end),
                 Phase::Draining { end, .. } => {
-                    // Its disk hangs; what it holds goes when that comes back.
-                    if let Some(logger) = container.logger.take() {
-                        self.sources.remove(&logger.token);
-                        complain("log", &Failed::new("drain", &id, Errno::TIMEDOUT));
-                    }
+                    // Its disk is full or hangs; the logger ends when it is done.
+                    complain("log", &Failed::new("drain", &id, Errno::TIMEDOUT));
                     self.record(&id, end);
                 }
                 Phase::Recording { end, .. } => self.ended(&id, end, true),

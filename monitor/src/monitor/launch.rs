@@ -1,5 +1,6 @@
 //! Namespaces and containers: from the request to a running program.
 
+use super::logs::{LoggerProcess, LoggerStreams};
 use super::*;
 
 /// Containers at a time, ended ones that nobody forgot included.
@@ -126,31 +127,34 @@ impl Monitor {
         let tty = launch.process.as_ref().is_some_and(|process| process.tty);
         let cloexec = PipeFlags::CLOEXEC;
         let mut streams = Streams::default();
-        let mut logger = None;
-        let mut gate = None;
-        if !launch.log_path.is_empty() {
-            let mut sources = Vec::new();
-            if !tty {
-                for stream in [Stream::Stdout, Stream::Stderr] {
-                    let (read, write) = pipe_with(cloexec).step("pipe", "log")?;
-                    // Only this end: the container's is another description.
-                    rustix::io::ioctl_fionbio(&read, true).step("pipe", "log")?;
-                    sources.push((stream, read));
-                    match stream {
-                        Stream::Stdout => streams.stdout = Some(write),
-                        Stream::Stderr => streams.stderr = Some(write),
-                    }
+        let mut sources = Vec::new();
+        let mut stdin = None;
+        if !tty {
+            for stream in [Stream::Stdout, Stream::Stderr] {
+                let (read, write) = pipe_with(cloexec).step("pipe", "log")?;
+                // Only this end: the container's is another description.
+                rustix::io::ioctl_fionbio(&read, true).step("pipe", "log")?;
+                sources.push((stream, read));
+                match stream {
+                    Stream::Stdout => streams.stdout = Some(write),
+                    Stream::Stderr => streams.stderr = Some(write),
                 }
             }
-            let (gate_read, gate_write) = pipe_with(cloexec).step("pipe", "gate")?;
-            logger = Some(self.start_logger(&launch, sources, gate_write)?);
-            gate = Some(gate_read);
         }
         if launch.stdin && !tty {
             let (read, write) = pipe_with(cloexec).step("pipe", "stdin")?;
             streams.stdin = Some(read);
-            streams.stdin_kept = Some(write);
+            stdin = Some(write);
         }
+        let (gate, gate_write) = pipe_with(cloexec).step("pipe", "gate")?;
+        let page = log::counts::page().step("memfd_create", &id)?;
+        // Without a log too: clients attach to it.
+        let logger_streams = LoggerStreams {
+            sources,
+            stdin,
+            gate: gate_write,
+        };
+        let control = self.start_logger(&launch, logger_streams, &page)?;
         let oom_before = launch
             .cgroup
             .as_ref()
@@ -162,7 +166,7 @@ impl Monitor {
             fds: &fds,
             pod: &self.pod,
             status: &theirs,
-            gate: gate.as_ref(),
+            gate: Some(&gate),
             streams: [
                 streams.stdin.as_ref(),
                 streams.stdout.as_ref(),
@@ -185,16 +189,9 @@ impl Monitor {
             self.sources.remove(&token);
             return Err(Failed::new("epoll_ctl", id, error).into());
         }
-        let logger = logger.map(|control| {
-            let token = self.token(Source::Logger(id.clone()));
-            // Without, an answer is only heard when the logger ends.
-            let _ = watch(&self.epoll, &control, token);
-            LoggerProcess {
-                control,
-                token,
-                reopens: Vec::new(),
-            }
-        });
+        let logger_token = self.token(Source::Logger(id.clone()));
+        // Without, an answer is only heard when the logger ends.
+        let _ = watch(&self.epoll, &control, logger_token);
         let container = Container {
             pid,
             pidfd,
@@ -208,9 +205,9 @@ impl Monitor {
                 failed: None,
                 log_failed: None,
             }),
-            logger,
+            logger: Some(LoggerProcess::new(control, logger_token)),
+            log_page: page,
             console: None,
-            _stdin: streams.stdin_kept.take(),
             join_user: launch.join_user,
             shares_pid: !launch.new_pid,
             cgroup: launch.cgroup.clone().unwrap_or_default(),
@@ -259,12 +256,10 @@ impl Monitor {
             start_ticks: container.start_ticks,
             started_at: container.started_at,
         };
-        if let (Some(console), Some(logger)) = (&container.console, &container.logger)
-            && let Ok(copy) = console.try_clone()
-        {
-            let _ = status::send(&logger.control, &Note::Console(copy));
-        }
         let fds = container.pidfd.try_clone().into_iter().collect();
+        if let Some(container) = self.containers.get(id) {
+            self.give_console(container);
+        }
         self.reply(asker, ReplyBody::Started(started), fds);
     }
 
@@ -275,22 +270,17 @@ impl Monitor {
             if let Some(logger) = container.logger {
                 self.sources.remove(&logger.token);
                 // What it said has been heard, or is still in the socket.
-                while let Heard::Note(note) = status::receive(&logger.control) {
-                    if let Note::Failed(why) = note {
-                        failed = why;
-                    }
-                }
+                failed = Monitor::last_words(&logger).unwrap_or(failed);
             }
         }
         self.fail(asker, failed);
     }
 }
 
-/// The container's ends of its streams, and what is kept of its stdin.
+/// The container's ends of its streams.
 #[derive(Default)]
 struct Streams {
     stdin: Option<OwnedFd>,
-    stdin_kept: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
 }
@@ -364,6 +354,8 @@ fn fork_in_user(init: &Init<'_>, options: clone::Options<'_>) -> Result<(i32, Ow
             keep.extend(options.cgroup.iter().map(|fd| fd.as_raw_fd()));
             keep.push(write.as_raw_fd());
             process::child(keep, || {
+                // Again in init, where less is allowed, it says what has failed.
+                let _ = init.before_user_namespace();
                 let answer = namespace::join(user, Kind::User).and_then(|()| {
                     clone::fork(clone::Options {
                         sibling: true,
