@@ -221,6 +221,7 @@ async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
         monitor: monitor_program(&config.monitor.path).ok_or(ServeError::NoMonitor)?,
         log_line_bytes: config.runtime.log_line_bytes,
         defaults: defaults.within_host_limits(),
+        cdi_dirs: config.runtime.cdi_spec_dirs.clone(),
         host_resolv_conf: PathBuf::from("/etc/resolv.conf"),
     };
     let observer = {

@@ -51,11 +51,18 @@ fn so_is_every_input_after_blind_changes() {
 
 #[test]
 fn every_corpus_has_its_target() {
-    let targets: BTreeSet<_> = berth_fuzz::TARGETS.iter().map(|t| t.name.to_owned()).collect();
+    let targets: BTreeSet<_> = berth_fuzz::TARGETS
+        .iter()
+        .map(|t| t.name.to_owned())
+        .collect();
     let corpora: BTreeSet<_> = fs::read_dir(corpus())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     assert_eq!(targets, corpora);
-    assert_eq!(targets.len(), berth_fuzz::TARGETS.len(), "two targets of one name");
+    assert_eq!(
+        targets.len(),
+        berth_fuzz::TARGETS.len(),
+        "two targets of one name"
+    );
 }

@@ -11,6 +11,7 @@
 //! tell what came of it. Creating is never listed.
 //! Source: CRI `ContainerState`; OCI runtime-spec, `runtime.md`.
 
+use crate::cdi::Edits;
 use crate::cgroup::Cgroup;
 use crate::container_spec::ContainerSpec;
 use crate::id::{ContainerId, PodId};
@@ -186,6 +187,9 @@ pub struct ContainerRecord {
     pub stop_signal: i32,
     #[serde(default)]
     pub cgroup: Option<Cgroup>,
+    /// What its CDI devices change, as it was when the container was created.
+    #[serde(default)]
+    pub cdi: Edits,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod capability;
+pub mod cdi;
 pub mod cgroup;
 pub mod container;
 pub mod container_spec;

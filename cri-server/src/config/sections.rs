@@ -197,6 +197,9 @@ sections! {
         /// A container whose request names no seccomp profile at all: "unconfined", as CRI says, or
         /// "runtime/default". The kubelet always names one.
         unset_seccomp: UnsetSeccomp = UnsetSeccomp::Unconfined;
+        /// Directories with CDI files of device vendors; later ones win. Read whenever a container
+        /// asks for devices.
+        cdi_spec_dirs: Vec<PathBuf> = berth_sandbox::cdi::DEFAULT_DIRS.iter().map(PathBuf::from).collect();
         /// Longest piece of output in one line of a container's log; longer lines are split and
         /// marked P. Unit: bytes, 256 to 1048576.
         log_line_bytes: u32 = 16_384;

@@ -75,10 +75,5 @@ pub fn check_container(spec: &ContainerSpec, node: &NodeFacts) -> Result<()> {
                 .unsupported("SELinux labels are not supported yet"));
         }
     }
-    if !spec.cdi_devices.is_empty() {
-        return Err(CONFIG
-            .at("CDI_devices")
-            .unsupported("CDI devices are not supported yet"));
-    }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::image::{ContainerImage, parse_stop_signal};
 use crate::operation::Stage;
 use crate::pod_spec::{Namespace, PidMode, PodSpec};
 use crate::seccomp::Filter;
-use crate::{oci, user};
+use crate::{cdi, oci, user};
 use berth_store::crash;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -89,6 +89,7 @@ impl Inner {
             state: ContainerState::Creating,
             created_at: now(),
             identity: None,
+            cdi: cdi::Edits::default(),
             cgroup: None,
             message: String::new(),
         };
@@ -123,7 +124,8 @@ impl Inner {
         let id = container.id.clone();
         stage.enter("snapshot");
         let (me, record) = (self.clone(), container.clone());
-        let identity = blocking(move || {
+        let (identity, cdi) = blocking(move || {
+            let cdi = me.cdi(&record)?;
             let image = &record.image.id;
             me.images
                 .prepare(&record.id, image)
@@ -132,7 +134,7 @@ impl Inner {
                     record.id
                 )))?;
             crash::point("create_container.snapshot");
-            me.identity(&record)
+            Ok((me.identity(&record)?, cdi))
         })
         .await?;
 
@@ -150,6 +152,7 @@ impl Inner {
             let planned = me.planned_cgroup(parent, &record.id)?;
             let record = me.objects.update_container(&record.id, |container| {
                 container.identity = Some(identity);
+                container.cdi = cdi;
                 container.cgroup = Some(planned);
                 Ok(())
             })?;
@@ -174,6 +177,16 @@ impl Inner {
         self.cgroups
             .at(&format!("{parent}/berth-{id}"))
             .map_err(invalid(format!("{parent:?} is no cgroup parent")))
+    }
+
+    /// What the container's CDI devices change in it, those asked for by
+    /// annotations included.
+    fn cdi(&self, container: &ContainerRecord) -> Result<cdi::Edits> {
+        let spec = &container.spec;
+        let text = || format!("container {} cannot have its devices", spec.name.name);
+        let mut names = spec.cdi_devices.clone();
+        names.extend(cdi::from_annotations(&spec.annotations).map_err(invalid(text()))?);
+        cdi::resolve(&self.settings.cdi_dirs, &names).map_err(invalid(text()))
     }
 
     fn identity(&self, container: &ContainerRecord) -> Result<user::Identity> {
@@ -232,10 +245,11 @@ impl Inner {
             image_volumes: &BTreeMap::new(),
             defaults: &self.settings.defaults,
         };
-        let built = oci::build(&input).map_err(invalid(format!(
+        let mut built = oci::build(&input).map_err(invalid(format!(
             "container {} cannot be run",
             container.spec.name.name
         )))?;
+        cdi::apply(&container.cdi, &mut built);
         Ok((built.spec, built.raw_env))
     }
 

@@ -126,6 +126,8 @@ pub struct Settings {
     pub log_line_bytes: u32,
     /// What containers get that ask for nothing else.
     pub defaults: oci::Defaults,
+    /// Directories of CDI files, the least important first.
+    pub cdi_dirs: Vec<PathBuf>,
     /// The host's resolv.conf, for pods without a DNS configuration.
     pub host_resolv_conf: PathBuf,
 }

@@ -3,8 +3,8 @@
 use berth_tests::Node;
 use serde_json::Value;
 
-fn findings(node: &Node) -> (bool, Vec<Value>) {
-    let output = node.berth(&["doctor", "--json"]);
+fn findings(node: &Node, args: &[&str]) -> (bool, Vec<Value>) {
+    let output = node.berth(&[&["doctor", "--json"], args].concat());
     let report: Value = serde_json::from_slice(&output.stdout).expect("doctor prints JSON");
     let findings = report["findings"].as_array().expect("findings").clone();
     (output.status.success(), findings)
@@ -21,7 +21,7 @@ fn levels(findings: &[Value], subject: &str) -> Vec<String> {
 #[test]
 fn a_node_that_runs_is_good() {
     let node = Node::start();
-    let (_, findings) = findings(&node);
+    let (_, findings) = findings(&node, &[]);
     for subject in [
         "privileges",
         "kernel",
@@ -40,8 +40,11 @@ fn a_node_that_runs_is_good() {
 
 #[test]
 fn a_missing_monitor_is_a_problem_and_a_stopped_daemon_a_warning() {
-    let node = Node::prepare("[monitor]\npath = \"/no/such/berth-monitor\"\n");
-    let (healthy, findings) = findings(&node);
+    let node = Node::start();
+    node.stop_daemon();
+    let config = node.root().join("broken.toml");
+    std::fs::write(&config, "[monitor]\npath = \"/no/such/berth-monitor\"\n").unwrap();
+    let (healthy, findings) = findings(&node, &["--config", config.to_str().unwrap()]);
     assert!(!healthy);
     let monitor = findings
         .iter()

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bad_requests;
+mod cdi;
 mod cgroups;
 mod configuration;
 mod containers;
