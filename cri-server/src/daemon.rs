@@ -4,9 +4,11 @@ use crate::config::{Config, Places};
 use crate::convert::NodeFacts;
 use crate::image_source::ImageSource;
 use crate::metrics::Metrics;
+use crate::streaming::Streaming;
+use crate::writable::WritableLayers;
 use berth_netplugin::network::Network;
 use berth_sandbox::service::Sandboxes;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The parts of a running daemon.
 pub struct Daemon {
@@ -17,8 +19,8 @@ pub struct Daemon {
     pub images: ImageSource,
     pub network: Arc<Network>,
     pub metrics: Metrics,
-    /// What the kubelet said this node's pods get their addresses from; empty until it does.
-    pod_cidr: Mutex<String>,
+    pub streaming: Arc<Streaming>,
+    pub writable: WritableLayers,
 }
 
 impl Daemon {
@@ -31,7 +33,9 @@ impl Daemon {
         images: ImageSource,
         network: Arc<Network>,
         metrics: Metrics,
+        streaming: Arc<Streaming>,
     ) -> Self {
+        let writable = WritableLayers::new(images.service().clone());
         Self {
             config,
             places,
@@ -40,23 +44,8 @@ impl Daemon {
             images,
             network,
             metrics,
-            pod_cidr: Mutex::default(),
+            streaming,
+            writable,
         }
-    }
-
-    /// What the kubelet said with UpdateRuntimeConfig.
-    pub fn pod_cidr(&self) -> String {
-        self.pod_cidr
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Keeps what the kubelet said; returns what it said before.
-    pub fn set_pod_cidr(&self, cidr: String) -> String {
-        std::mem::replace(
-            &mut self.pod_cidr.lock().unwrap_or_else(PoisonError::into_inner),
-            cidr,
-        )
     }
 }

@@ -10,6 +10,7 @@ use crate::images::Images;
 use crate::metrics::Metrics;
 use crate::rpc::MESSAGE_BYTES;
 use crate::runtime::Runtime;
+use crate::streaming::{Streaming, StreamingError};
 use crate::{logging, metrics_http, socket};
 use berth_image_service::service as image_service;
 use berth_netplugin::{bridge, network};
@@ -23,16 +24,13 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 
 /// How long RPCs that run may still take once the daemon is told to stop. What
 /// takes longer is found again by the next daemon: operations are resumable.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// How long one CNI plugin may take. Source: the kubelet gives RunPodSandbox four
-/// minutes; a retry must have room within that.
-const PLUGIN_DEADLINE: Duration = Duration::from_secs(100);
 
 /// Threads that do kernel and disk work; each waits for one thing at a time.
 const BLOCKING_THREADS: usize = 128;
@@ -56,6 +54,8 @@ pub enum ServeError {
     Images(#[source] image_service::OpenError),
     #[error("cannot take over the pods")]
     Sandboxes(#[source] berth_sandbox::error::SandboxError),
+    #[error(transparent)]
+    Streaming(#[from] StreamingError),
     #[error("cannot listen on {address} for metrics")]
     Metrics {
         address: String,
@@ -131,13 +131,16 @@ async fn run(layout: Layout, config: Config, log: logging::Handle) -> Result<(),
         }
     };
     let mode = config.grpc.socket_mode.0;
-    let daemon = Arc::new(open(config, places).await?);
+    let (streaming, streaming_listener) = bind_streaming(&config).await?;
+    let daemon = Arc::new(open(config, places, Arc::new(streaming)).await?);
     let listener = socket::listen(&daemon.places.socket, mode)?;
 
     tokio::spawn(reload(hangup, layout, log));
     if let Some(listener) = metrics_listener {
         tokio::spawn(metrics_http::serve(listener, daemon.clone()));
     }
+    let streaming = daemon.streaming.clone();
+    tokio::spawn(streaming.serve(streaming_listener, daemon.sandboxes.clone()));
     macro_rules! bounded {
         ($server:ident, $service:expr) => {
             $server::new($service)
@@ -179,19 +182,27 @@ async fn run(layout: Layout, config: Config, log: logging::Handle) -> Result<(),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.send_replace(true);
+    let streaming = daemon.streaming.clone();
+    let streams = tokio::spawn(async move { streaming.stop().await });
     if tokio::time::timeout(GRACE, serving).await.is_err() {
         tracing::warn!(
             seconds = GRACE.as_secs(),
             "calls are still running; the next start finishes or undoes them"
         );
     }
+    // Each says goodbye within seconds; what does not is cut off.
+    let _ = tokio::time::timeout(GRACE, streams).await;
     // Gone before the locks: who comes next finds the place free.
     let _ = std::fs::remove_file(&daemon.places.socket);
     Ok(())
 }
 
 /// Opens everything; recovery of what an earlier daemon left is part of it.
-async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
+async fn open(
+    config: Config,
+    places: Places,
+    streaming: Arc<Streaming>,
+) -> Result<Daemon, ServeError> {
     let metrics = Metrics::new().map_err(start("make the metrics"))?;
     let facts = NodeFacts::detect(match config.runtime.unset_seccomp {
         config::UnsetSeccomp::Unconfined => SeccompProfile::Unconfined,
@@ -223,6 +234,7 @@ async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
         defaults: defaults.within_host_limits(),
         cdi_dirs: config.runtime.cdi_spec_dirs.clone(),
         host_resolv_conf: PathBuf::from("/etc/resolv.conf"),
+        network_gc: Duration::from_secs(config.network.gc_seconds.into()),
     };
     let observer = {
         let metrics = metrics.clone();
@@ -238,8 +250,15 @@ async fn open(config: Config, places: Places) -> Result<Daemon, ServeError> {
     .await
     .map_err(ServeError::Sandboxes)?;
     Ok(Daemon::new(
-        config, places, facts, sandboxes, images, network, metrics,
+        config, places, facts, sandboxes, images, network, metrics, streaming,
     ))
+}
+
+async fn bind_streaming(config: &Config) -> Result<(Streaming, TcpListener), ServeError> {
+    let settings = config.streaming.settings();
+    // Checked when the configuration was read.
+    let settings = settings.map_err(|(key, problem)| ConfigError::Value { key, problem })?;
+    Ok(Streaming::bind(&settings).await?)
 }
 
 /// What the configuration says of cgroups.
@@ -268,13 +287,28 @@ fn network_settings(config: &Config, places: &Places) -> network::NetworkSetting
         },
         cni_conf_dir: places.cni_conf_dir.clone(),
         cni_bin_dirs: config.network.cni_bin_dirs.clone(),
-        plugin_deadline: PLUGIN_DEADLINE,
+        plugin_deadline: Duration::from_secs(config.network.cni_timeout_seconds.into()),
+        cni_network: Some(config.network.cni_network.clone()).filter(|name| !name.is_empty()),
+        cni_template: Some(config.network.cni_template.clone())
+            .filter(|path| !path.as_os_str().is_empty()),
+        handler_conf_dirs: config.network.handler_dirs().collect(),
+        primary: match config.network.primary_family {
+            config::PrimaryFamily::Ipv4 => network::Primary::Ipv4,
+            config::PrimaryFamily::Ipv6 => network::Primary::Ipv6,
+            config::PrimaryFamily::AsGiven => network::Primary::AsGiven,
+        },
         bridge: bridge::Settings {
             bridge: config.network.bridge.clone(),
             ipv4: subnet(|subnet| !subnet.contains(':')),
             ipv6: subnet(|subnet| subnet.contains(':')),
             mtu: Some(config.network.mtu).filter(|mtu| *mtu != 0),
             masquerade: config.network.masquerade,
+            no_masquerade: config
+                .network
+                .no_masquerade
+                .iter()
+                .filter_map(|net| net.parse().ok())
+                .collect(),
             hairpin: config.network.hairpin,
             state_dir: places.lib.join("network"),
         },

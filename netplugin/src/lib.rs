@@ -10,25 +10,33 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod attached;
 pub mod bandwidth;
 pub mod bridge;
 pub mod client;
+pub mod conf;
 pub mod conntrack;
+mod gate;
 pub mod hostport;
 pub mod ipam;
 pub mod netlink;
 pub mod netns;
 pub mod network;
 pub mod nftables;
+pub mod offer;
 pub mod plugin;
+pub mod pod_cidr;
 pub mod process;
+mod readiness;
+pub mod result;
 pub mod spec;
 pub mod sysctl;
+pub mod template;
 
 pub use address::IpNet;
 pub use network::{
-    AttachRequest, AttachResult, DetachRequest, Mode, Network, NetworkError, NetworkSettings,
-    NetworkStatus, Pod, PortMapping, Protocol,
+    AttachRequest, AttachResult, Collected, DetachRequest, Dns, Mode, Network, NetworkError,
+    NetworkSettings, NetworkStatus, Pod, PortMapping, Primary, Protocol,
 };
 
 /// Where a test can make the process die (`berth_store::crash`), in order: the

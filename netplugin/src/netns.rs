@@ -30,6 +30,14 @@ pub fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -
     })
 }
 
+/// True when a namespace is what is at `path`: a pin without its mount, as a
+/// reboot leaves it, is an ordinary file.
+pub fn is_one(path: &Path) -> bool {
+    // Source: linux/magic.h, NSFS_MAGIC; namespaces are looked at without opening them.
+    const NSFS_MAGIC: u64 = 0x6e73_6673;
+    rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type as u64 == NSFS_MAGIC)
+}
+
 /// [`run_in`] for the namespace pinned at `path`.
 ///
 /// # Errors

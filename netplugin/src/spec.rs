@@ -8,6 +8,7 @@
 use crate::address::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -38,6 +39,8 @@ pub mod code {
     pub const TRY_AGAIN: u32 = 11;
     /// STATUS: the plugin cannot do ADD.
     pub const NOT_AVAILABLE: u32 = 50;
+    /// STATUS: nor do the containers it has reach everything.
+    pub const LIMITED: u32 = 51;
 }
 
 /// Why a configuration is none.
@@ -78,6 +81,13 @@ pub struct NetworkList {
     /// GC is not wanted.
     #[serde(default)]
     pub disable_gc: bool,
+    /// All versions that the configuration is good for, where it says so by
+    /// `cniVersions`; else empty.
+    #[serde(default)]
+    pub offered: Vec<String>,
+    /// A folder beside the file may have more plugins.
+    #[serde(skip)]
+    pub more_in_folder: bool,
 }
 
 impl NetworkList {
@@ -107,6 +117,18 @@ impl NetworkList {
             Some(_) => Err(wrong(key, "is neither true nor false")),
         };
         let (disable_check, disable_gc) = (flag("disableCheck")?, flag("disableGC")?);
+        let only_inlined = flag("loadOnlyInlinedPlugins")?;
+        let from_folder = object.contains_key("loadOnlyInlinedPlugins") && !only_inlined;
+        let is_list = object.contains_key("plugins");
+        let offered = match object.get("cniVersions") {
+            Some(Value::Array(versions)) => {
+                let versions = versions.iter().chain(object.get("cniVersion"));
+                let versions = versions.filter_map(|version| rank(version.as_str()?));
+                let versions: BTreeSet<usize> = versions.collect();
+                versions.into_iter().map(|at| VERSIONS[at].into()).collect()
+            }
+            _ => Vec::new(),
+        };
         let plugins = match object.remove("plugins") {
             None => vec![object],
             Some(Value::Array(plugins)) => plugins
@@ -118,30 +140,43 @@ impl NetworkList {
                 .collect::<Result<_, _>>()?,
             Some(_) => return Err(wrong("plugins", "is no array")),
         };
-        if plugins.is_empty() {
+        if plugins.is_empty() && !from_folder {
             return Err(wrong("plugins", "is empty"));
         }
-        for plugin in &plugins {
-            match plugin.get("type") {
-                Some(Value::String(kind)) if is_plugin(kind) => {}
-                Some(Value::String(kind)) => {
-                    return Err(wrong("type", format!("{kind:?} is no file name")));
-                }
-                _ => return Err(wrong("type", "of a plugin is missing")),
-            }
-        }
+        plugins.iter().try_for_each(check_type)?;
         Ok(Self {
             version,
             name,
             plugins,
             disable_check,
             disable_gc,
+            offered,
+            more_in_folder: is_list && !only_inlined,
         })
+    }
+
+    /// Parses what a list has for one plugin.
+    ///
+    /// # Errors
+    /// The first thing wrong with it.
+    pub fn parse_plugin(text: &str) -> Result<Map<String, Value>, ConfigError> {
+        let plugin = serde_json::from_str(text);
+        let plugin = plugin.map_err(|error| ConfigError::Json(error.to_string()))?;
+        check_type(&plugin)?;
+        Ok(plugin)
     }
 
     /// True when the plugins are to be spoken to in `version` or a later one.
     pub fn speaks(&self, version: &str) -> bool {
         rank(&self.version) >= rank(version)
+    }
+}
+
+fn check_type(plugin: &Map<String, Value>) -> Result<(), ConfigError> {
+    match plugin.get("type") {
+        Some(Value::String(kind)) if is_plugin(kind) => Ok(()),
+        Some(Value::String(kind)) => Err(wrong("type", format!("{kind:?} is no file name"))),
+        _ => Err(wrong("type", "of a plugin is missing")),
     }
 }
 
@@ -255,18 +290,29 @@ pub struct Route {
 }
 
 impl CniResult {
-    /// The pod's addresses, in the plugin's order: those that are not said to
-    /// belong to an interface of the host.
-    pub fn pod_ips(&self) -> Vec<IpAddr> {
-        let of_pod = |ip: &&Ip| match ip.interface.and_then(|at| self.interfaces.get(at)) {
-            Some(interface) => !interface.sandbox.is_empty(),
-            None => true,
+    /// The pod's addresses, in the plugins' order and each once: those of its
+    /// interface `ifname` and those said to be of none; where there are none of
+    /// these, those of its other interfaces. Never the host's, never a loopback.
+    pub fn pod_ips(&self, ifname: &str) -> Vec<IpAddr> {
+        let of = |wanted: &dyn Fn(Option<&Interface>) -> bool| {
+            let mut found = Vec::new();
+            for ip in &self.ips {
+                let owner = ip.interface.map(|at| self.interfaces.get(at));
+                let address = ip.address.address();
+                // One said to be of an interface that there is none of is nobody's.
+                let right = match owner {
+                    None => wanted(None),
+                    Some(Some(owner)) => !owner.sandbox.is_empty() && wanted(Some(owner)),
+                    Some(None) => false,
+                };
+                if right && !address.is_loopback() && !found.contains(&address) {
+                    found.push(address);
+                }
+            }
+            found
         };
-        self.ips
-            .iter()
-            .filter(of_pod)
-            .map(|ip| ip.address.address())
-            .collect()
+        let own = of(&|owner| owner.is_none_or(|owner| owner.name == ifname));
+        if own.is_empty() { of(&|_| true) } else { own }
     }
 }
 
@@ -384,7 +430,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(
-            result.pod_ips(),
+            result.pod_ips("eth0"),
             ["10.0.0.2", "fd00::2"].map(|ip| ip.parse::<IpAddr>().unwrap())
         );
     }

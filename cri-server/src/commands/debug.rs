@@ -27,6 +27,7 @@ fn crash_points() -> impl Iterator<Item = &'static str> {
     let lists = [
         berth_sandbox::service::CRASH_POINTS,
         berth_image_service::pull::CRASH_POINTS,
+        &berth_netplugin::CRASH_POINTS,
     ];
     lists.into_iter().flatten().copied()
 }

@@ -6,12 +6,14 @@
 //! mean the default.
 
 mod layout;
+mod network;
 mod sections;
 mod setting;
+mod streaming;
 
 pub use layout::{Layout, Overrides, Places};
 pub use sections::Config;
-pub use setting::{CgroupDriver, DefaultNetwork, LogFormat, LogLevel, UnsetSeccomp};
+pub use setting::{CgroupDriver, DefaultNetwork, LogFormat, LogLevel, PrimaryFamily, UnsetSeccomp};
 
 use sections::Refusal;
 use std::fmt::Write as _;
@@ -180,9 +182,25 @@ impl Config {
                 }
             }
         }
+        for net in &self.network.no_masquerade {
+            if net.parse::<berth_netplugin::IpNet>().is_err() {
+                let problem = format!("{net:?} is not a network such as 10.88.0.0/16");
+                return refuse("network.no_masquerade", problem);
+            }
+        }
+        // Source: RFC 8200, section 5: the kernel turns IPv6 off below.
+        if families.contains(&6) && (1..1280).contains(&self.network.mtu) {
+            return refuse("network.mtu", "must be 0, or at least 1280 for IPv6".into());
+        }
         // Source: RFC 791 (68 bytes is the least IPv4 allows), linux ETH_MAX_MTU.
         if self.network.mtu != 0 && !(68..=65535).contains(&self.network.mtu) {
             return refuse("network.mtu", "must be 0, or 68 to 65535".into());
+        }
+        if let Some((key, problem)) = self.network.wrong_cni() {
+            return refuse(key, problem);
+        }
+        if let Err((key, problem)) = self.streaming.settings() {
+            return refuse(key, problem);
         }
         if self.runtime.nofile_soft > self.runtime.nofile_hard {
             return refuse(
@@ -383,11 +401,36 @@ mod tests {
             ),
             ("[network]\nmtu = 10", "network.mtu"),
             (
+                "[network]\nmtu = 1279\nsubnets = [\"fd00::/64\"]",
+                "network.mtu",
+            ),
+            (
+                "[network]\nno_masquerade = [\"all\"]",
+                "network.no_masquerade",
+            ),
+            (
                 "[runtime]\nnofile_soft = 5\nnofile_hard = 4",
                 "runtime.nofile_soft",
             ),
             ("[runtime]\nlog_line_bytes = 1", "runtime.log_line_bytes"),
+            ("[network]\ncni_network = \"a b\"", "network.cni_network"),
+            (
+                "[network]\ncni_handler_dirs = [\"kata=etc\"]",
+                "network.cni_handler_dirs",
+            ),
+            (
+                "[network]\ncni_timeout_seconds = 0",
+                "network.cni_timeout_seconds",
+            ),
+            ("[network]\ngc_seconds = 0", "network.gc_seconds"),
             ("[cgroup]\nparent = \"/a/../b\"", "cgroup.parent"),
+            ("[streaming]\naddress = \"localhost\"", "streaming.address"),
+            ("[streaming]\ntls_key = \"/k\"", "streaming.tls_certificate"),
+            ("[streaming]\ntls_client_ca = \"/c\"", "streaming.tls_client_ca"),
+            (
+                "[streaming]\nidle_timeout_seconds = 0",
+                "streaming.idle_timeout_seconds",
+            ),
         ] {
             assert!(refusal(text).starts_with(key), "{text}: {}", refusal(text));
         }

@@ -2,7 +2,7 @@
 //! one source of the structs, the defaults, the parser and the printed file.
 
 use super::setting::{
-    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, Setting, UnsetSeccomp,
+    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
 };
 use std::path::PathBuf;
 use toml::de::DeValue;
@@ -133,6 +133,27 @@ sections! {
         socket_mode: FileMode = FileMode(0o660);
     }
 
+    /// The server behind exec, attach and port-forward. Who may call it is whom CRI gave a URL.
+    streaming: Streaming {
+        /// Address and port to listen on; port 0 is any that is free. The kubelet connects to it,
+        /// so there is no reason to leave this node.
+        address: String = "127.0.0.1:0".to_owned();
+        /// PEM file with the server's certificate and those it needs. Read again when it changes.
+        /// "": plain HTTP.
+        tls_certificate: PathBuf = PathBuf::new();
+        /// PEM file with its key.
+        tls_key: PathBuf = PathBuf::new();
+        /// PEM file with the authorities whose certificates clients must show. "": none is asked for.
+        tls_client_ca: PathBuf = PathBuf::new();
+        /// The oldest version of TLS that is spoken, "1.2" or "1.3".
+        tls_min_version: TlsVersion = TlsVersion::Tls12;
+        /// How long a URL is good for, once. Unit: seconds, at least 1.
+        token_lifetime_seconds: u32 = 60;
+        /// How long a connection may be without a byte in either direction before it is closed.
+        /// Unit: seconds, at least 1.
+        idle_timeout_seconds: u32 = 14_400;
+    }
+
     /// Metrics for Prometheus, plain HTTP, path /metrics.
     metrics: Metrics {
         /// Address and port to listen on, "127.0.0.1:9475" for example. Nothing else is bound.
@@ -164,6 +185,9 @@ sections! {
         mtu: u32 = 0;
         /// Whether packets that leave the subnet get the host's address.
         masquerade: bool = true;
+        /// Networks outside the subnet that pods send to with their own address all the same: those
+        /// of other nodes' pods, where routes lead to them.
+        no_masquerade: Vec<String> = Vec::new();
         /// Whether a pod reaches itself through its own host port.
         hairpin: bool = true;
         /// Directory with CNI configurations; the first by name counts.
@@ -171,6 +195,22 @@ sections! {
         cni_conf_dir: PathBuf = PathBuf::new();
         /// Directories with CNI plugins, searched in this order.
         cni_bin_dirs: Vec<PathBuf> = vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")];
+        /// Name of the CNI network that counts, as its configuration has it.
+        /// "": that of the first file by name.
+        cni_network: String = String::new();
+        /// Template of a CNI configuration, in containerd's conf_template format. Once the kubelet
+        /// names the node's pod network it becomes 10-berth.conflist, where the directory has no
+        /// other configuration. "": none.
+        cni_template: PathBuf = PathBuf::new();
+        /// CNI configurations of their own for pods of certain runtime handlers, "HANDLER=DIR" each.
+        cni_handler_dirs: Vec<String> = Vec::new();
+        /// How long one CNI plugin may take for a pod. Unit: seconds, at least 1.
+        cni_timeout_seconds: u32 = 100;
+        /// How often networks of pods that are gone are looked for, by Berth's records and by CNI's
+        /// GC. Unit: seconds, at least 1.
+        gc_seconds: u32 = 3600;
+        /// Which of a pod's addresses is the first: "ipv4", "ipv6" or "as-given" by the network.
+        primary_family: PrimaryFamily = PrimaryFamily::Ipv4;
     }
 
     /// Control groups.

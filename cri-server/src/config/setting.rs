@@ -184,6 +184,26 @@ words! {
 }
 
 words! {
+    /// Which of a pod's addresses is the first.
+    PrimaryFamily {
+        /// IPv4, where there is one.
+        Ipv4 = "ipv4",
+        /// IPv6, where there is one.
+        Ipv6 = "ipv6",
+        /// The one that the network named first.
+        AsGiven = "as-given",
+    }
+}
+
+words! {
+    /// The oldest version of TLS that is spoken.
+    TlsVersion {
+        Tls12 = "1.2",
+        Tls13 = "1.3",
+    }
+}
+
+words! {
     /// The least a message must weigh to be logged.
     LogLevel {
         Error = "error",

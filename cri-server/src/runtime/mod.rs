@@ -1,14 +1,22 @@
 //! The CRI RuntimeService: one file per verb.
 
+mod chunks;
+mod container_stats;
+mod attach;
 mod container_status;
 mod create_container;
+mod exec;
 mod exec_sync;
 mod find;
+mod get_container_events;
 mod list_containers;
 mod list_pod_sandbox;
+mod pod_sandbox_metrics;
+mod pod_sandbox_stats;
 mod pod_sandbox_status;
 mod remove_container;
 mod remove_pod_sandbox;
+mod port_forward;
 mod reopen_container_log;
 mod run_pod_sandbox;
 mod runtime_config;
@@ -17,6 +25,7 @@ mod status;
 mod stop_container;
 mod stop_pod_sandbox;
 mod update_container_resources;
+mod update_pod_sandbox_resources;
 mod update_runtime_config;
 mod version;
 
@@ -38,9 +47,6 @@ impl Runtime {
         Self { daemon }
     }
 }
-
-/// Streams that are not there yet.
-type NoStream<T> = tokio_stream::Empty<Result<T, Status>>;
 
 /// Methods whose module has an async function of the method's arguments.
 macro_rules! work {
@@ -64,14 +70,6 @@ macro_rules! later {
     ($self:ident, $method:literal, $answer:ty) => {{
         let refusal = async { Err::<$answer, Status>(not_yet($method)) };
         to_the_end(&$self.daemon.metrics, $method, refusal).await
-    }};
-}
-
-/// One that answers with a stream; the type is the trait's to name.
-macro_rules! later_stream {
-    ($self:ident, $method:literal, $item:ty) => {{
-        let refused = later!($self, $method, ());
-        refused.map(|_| Response::new(tokio_stream::empty::<Result<$item, Status>>()))
     }};
 }
 
@@ -140,13 +138,16 @@ impl RuntimeService for Runtime {
         })
     }
 
-    type StreamPodSandboxesStream = NoStream<cri::StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = chunks::Pieces<cri::StreamPodSandboxesResponse>;
 
     async fn stream_pod_sandboxes(
         &self,
-        _request: Request<cri::StreamPodSandboxesRequest>,
+        request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Result<Response<Self::StreamPodSandboxesStream>, Status> {
-        later_stream!(self, "StreamPodSandboxes", cri::StreamPodSandboxesResponse)
+        let request = request.into_inner();
+        read!(self, "StreamPodSandboxes", |daemon| {
+            list_pod_sandbox::stream_pod_sandboxes(&daemon, request)
+        })
     }
 
     async fn create_container(
@@ -207,13 +208,16 @@ impl RuntimeService for Runtime {
         })
     }
 
-    type StreamContainersStream = NoStream<cri::StreamContainersResponse>;
+    type StreamContainersStream = chunks::Pieces<cri::StreamContainersResponse>;
 
     async fn stream_containers(
         &self,
-        _request: Request<cri::StreamContainersRequest>,
+        request: Request<cri::StreamContainersRequest>,
     ) -> Result<Response<Self::StreamContainersStream>, Status> {
-        later_stream!(self, "StreamContainers", cri::StreamContainersResponse)
+        let request = request.into_inner();
+        read!(self, "StreamContainers", |daemon| {
+            list_containers::stream_containers(&daemon, request)
+        })
     }
 
     async fn container_status(
@@ -259,80 +263,103 @@ impl RuntimeService for Runtime {
 
     async fn exec(
         &self,
-        _request: Request<cri::ExecRequest>,
+        request: Request<cri::ExecRequest>,
     ) -> Result<Response<cri::ExecResponse>, Status> {
-        later!(self, "Exec", cri::ExecResponse)
+        let request = request.into_inner();
+        read!(self, "Exec", |daemon| exec::exec(&daemon, request)?)
     }
 
     async fn attach(
         &self,
-        _request: Request<cri::AttachRequest>,
+        request: Request<cri::AttachRequest>,
     ) -> Result<Response<cri::AttachResponse>, Status> {
-        later!(self, "Attach", cri::AttachResponse)
+        let request = request.into_inner();
+        read!(self, "Attach", |daemon| attach::attach(&daemon, &request)?)
     }
 
     async fn port_forward(
         &self,
-        _request: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Result<Response<cri::PortForwardResponse>, Status> {
-        later!(self, "PortForward", cri::PortForwardResponse)
+        let request = request.into_inner();
+        read!(self, "PortForward", |daemon| port_forward::port_forward(
+            &daemon, &request
+        )?)
     }
 
     async fn container_stats(
         &self,
-        _request: Request<cri::ContainerStatsRequest>,
+        request: Request<cri::ContainerStatsRequest>,
     ) -> Result<Response<cri::ContainerStatsResponse>, Status> {
-        later!(self, "ContainerStats", cri::ContainerStatsResponse)
+        work!(
+            self,
+            "ContainerStats",
+            request,
+            container_stats::container_stats
+        )
     }
 
     async fn list_container_stats(
         &self,
-        _request: Request<cri::ListContainerStatsRequest>,
+        request: Request<cri::ListContainerStatsRequest>,
     ) -> Result<Response<cri::ListContainerStatsResponse>, Status> {
-        later!(self, "ListContainerStats", cri::ListContainerStatsResponse)
+        work!(
+            self,
+            "ListContainerStats",
+            request,
+            container_stats::list_container_stats
+        )
     }
 
-    type StreamContainerStatsStream = NoStream<cri::StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = chunks::Pieces<cri::StreamContainerStatsResponse>;
 
     async fn stream_container_stats(
         &self,
-        _request: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
-        later_stream!(
+        work!(
             self,
             "StreamContainerStats",
-            cri::StreamContainerStatsResponse
+            request,
+            container_stats::stream_container_stats
         )
     }
 
     async fn pod_sandbox_stats(
         &self,
-        _request: Request<cri::PodSandboxStatsRequest>,
+        request: Request<cri::PodSandboxStatsRequest>,
     ) -> Result<Response<cri::PodSandboxStatsResponse>, Status> {
-        later!(self, "PodSandboxStats", cri::PodSandboxStatsResponse)
+        work!(
+            self,
+            "PodSandboxStats",
+            request,
+            pod_sandbox_stats::pod_sandbox_stats
+        )
     }
 
     async fn list_pod_sandbox_stats(
         &self,
-        _request: Request<cri::ListPodSandboxStatsRequest>,
+        request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Result<Response<cri::ListPodSandboxStatsResponse>, Status> {
-        later!(
+        work!(
             self,
             "ListPodSandboxStats",
-            cri::ListPodSandboxStatsResponse
+            request,
+            pod_sandbox_stats::list_pod_sandbox_stats
         )
     }
 
-    type StreamPodSandboxStatsStream = NoStream<cri::StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = chunks::Pieces<cri::StreamPodSandboxStatsResponse>;
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _request: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
-        later_stream!(
+        work!(
             self,
             "StreamPodSandboxStats",
-            cri::StreamPodSandboxStatsResponse
+            request,
+            pod_sandbox_stats::stream_pod_sandbox_stats
         )
     }
 
@@ -340,10 +367,12 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::UpdateRuntimeConfigRequest>,
     ) -> Result<Response<cri::UpdateRuntimeConfigResponse>, Status> {
-        let request = request.into_inner();
-        read!(self, "UpdateRuntimeConfig", |daemon| {
-            update_runtime_config::update_runtime_config(&daemon, request)?
-        })
+        work!(
+            self,
+            "UpdateRuntimeConfig",
+            request,
+            update_runtime_config::update_runtime_config
+        )
     }
 
     async fn status(
@@ -378,47 +407,49 @@ impl RuntimeService for Runtime {
         later!(self, "RestorePod", cri::RestorePodResponse)
     }
 
-    type GetContainerEventsStream = NoStream<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = get_container_events::Events;
 
     async fn get_container_events(
         &self,
         _request: Request<cri::GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        later_stream!(self, "GetContainerEvents", cri::ContainerEventResponse)
+        read!(self, "GetContainerEvents", |daemon| {
+            get_container_events::get_container_events(&daemon)
+        })
     }
 
     async fn list_metric_descriptors(
         &self,
         _request: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Result<Response<cri::ListMetricDescriptorsResponse>, Status> {
-        later!(
-            self,
-            "ListMetricDescriptors",
-            cri::ListMetricDescriptorsResponse
-        )
+        read!(self, "ListMetricDescriptors", |_daemon| {
+            pod_sandbox_metrics::list_metric_descriptors()
+        })
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
-        _request: Request<cri::ListPodSandboxMetricsRequest>,
+        request: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Result<Response<cri::ListPodSandboxMetricsResponse>, Status> {
-        later!(
+        work!(
             self,
             "ListPodSandboxMetrics",
-            cri::ListPodSandboxMetricsResponse
+            request,
+            pod_sandbox_metrics::list_pod_sandbox_metrics
         )
     }
 
-    type StreamPodSandboxMetricsStream = NoStream<cri::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = chunks::Pieces<cri::StreamPodSandboxMetricsResponse>;
 
     async fn stream_pod_sandbox_metrics(
         &self,
-        _request: Request<cri::StreamPodSandboxMetricsRequest>,
+        request: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        later_stream!(
+        work!(
             self,
             "StreamPodSandboxMetrics",
-            cri::StreamPodSandboxMetricsResponse
+            request,
+            pod_sandbox_metrics::stream_pod_sandbox_metrics
         )
     }
 
@@ -433,12 +464,13 @@ impl RuntimeService for Runtime {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _request: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<cri::UpdatePodSandboxResourcesResponse>, Status> {
-        later!(
+        work!(
             self,
             "UpdatePodSandboxResources",
-            cri::UpdatePodSandboxResourcesResponse
+            request,
+            update_pod_sandbox_resources::update_pod_sandbox_resources
         )
     }
 }

@@ -40,13 +40,15 @@ pub fn pod_sandbox_status(
 }
 
 fn info(daemon: &Daemon, pod: &PodRecord) -> HashMap<String, String> {
+    let network = |part: &str| pod.network.as_ref().and_then(|network| network.get(part));
     let info = json!({
         "state": pod.state,
         "message": pod.message,
         "runDirectory": daemon.places.run.join("sandboxes").join(pod.id.as_str()),
         "cgroup": pod.cgroup,
         "ips": pod.ips,
-        "cniResult": pod.network,
+        "cniResult": network("result"),
+        "network": network("list"),
         "runtimeHandler": pod.spec.runtime_handler,
         "bootId": pod.boot_id,
         "config": pod.spec,

@@ -15,7 +15,16 @@ pub async fn status(
     request: cri::StatusRequest,
 ) -> Result<cri::StatusResponse, Status> {
     let asked = daemon.clone();
-    let network = tokio::task::spawn_blocking(move || asked.network.status())
+    let verbose = request.verbose;
+    let look = move || {
+        let info = if verbose {
+            info(&asked)
+        } else {
+            HashMap::new()
+        };
+        (asked.network.status(), info)
+    };
+    let (network, info) = tokio::task::spawn_blocking(look)
         .await
         .map_err(|_| Status::internal("asking for the network's status broke off"))?;
     let condition = |kind: &str, status, reason: &str, message: &str| cri::RuntimeCondition {
@@ -33,24 +42,21 @@ pub async fn status(
             &network.message,
         ),
     ];
+    let user_namespaces = daemon.sandboxes.user_namespaces_missing().is_none();
     let handler = |name: &&str| cri::RuntimeHandler {
         name: (*name).to_owned(),
         features: Some(cri::RuntimeHandlerFeatures {
             recursive_read_only_mounts: true,
-            user_namespaces: false,
+            user_namespaces,
         }),
     };
     Ok(cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
-        info: if request.verbose {
-            info(&daemon)
-        } else {
-            HashMap::new()
-        },
+        info,
         runtime_handlers: HANDLERS.iter().map(handler).collect(),
         features: Some(cri::RuntimeFeatures {
             supplemental_groups_policy: true,
-            user_namespaces_host_network: false,
+            user_namespaces_host_network: user_namespaces,
             mount_options: true,
         }),
     })
@@ -67,6 +73,8 @@ fn info(daemon: &Daemon) -> HashMap<String, String> {
     config["certsDirs"] = json!(daemon.places.certs_d);
     config["cniConfDir"] = json!(daemon.places.cni_conf_dir);
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let pod_cidr = daemon.network.pod_cidr();
+    let pod_cidr: Vec<String> = pod_cidr.iter().map(ToString::to_string).collect();
     let versions = json!({
         "berth": env!("CARGO_PKG_VERSION"),
         "cri": "v1",
@@ -77,6 +85,7 @@ fn info(daemon: &Daemon) -> HashMap<String, String> {
     HashMap::from([
         ("config".to_owned(), config.to_string()),
         ("versions".to_owned(), versions.to_string()),
-        ("podCIDR".to_owned(), daemon.pod_cidr()),
+        ("podCIDR".to_owned(), pod_cidr.join(",")),
+        ("network".to_owned(), daemon.network.info().to_string()),
     ])
 }

@@ -8,14 +8,20 @@
 mod attach;
 mod create_container;
 mod exec;
+mod mounts;
 mod exec_session;
+mod network_gc;
 mod pending;
+mod pod_network;
 mod recovery;
 mod remove;
 mod run_pod;
+mod scope;
 mod start_container;
+mod stats;
 mod stop_container;
 mod teardown;
+mod update_resources;
 
 use crate::cgroup::Cgroups;
 use crate::error::{Kind, Result, SandboxError};
@@ -24,6 +30,7 @@ use crate::monitor::{Event, Monitor, Program};
 use crate::oci;
 use crate::operation::{Key, OperationInfo, Operations, Stage, StageObserver, lock};
 use crate::seccomp;
+use crate::user_namespace::{Mapped, UserNamespaces};
 use crate::view::{Objects, View};
 use berth_netplugin::network::Network;
 use std::collections::{HashMap, HashSet};
@@ -31,13 +38,14 @@ use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
 pub use exec::ExecOutput;
 pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
 pub use pending::PendingInfo;
+pub use pod_network::PodNetwork;
 
 /// Every crash point of this crate, in the order in which they are passed.
 pub const CRASH_POINTS: &[&str] = &[
@@ -75,8 +83,8 @@ pub type ImageError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What pods and containers need of the image service. Every call may block.
 pub trait Images: Send + Sync + 'static {
-    /// Makes the writable layer of `container` on top of the image; again after
-    /// a crash it is the same one.
+    /// Makes the writable layer of `container` on top of the image, and keeps the
+    /// images `volumes` as long as it; again after a crash it is the same one.
     ///
     /// # Errors
     /// The image is not here, or the disk refuses.
@@ -84,13 +92,32 @@ pub trait Images: Send + Sync + 'static {
         &self,
         container: &ContainerId,
         image_id: &str,
+        volumes: &[String],
     ) -> std::result::Result<(), ImageError>;
 
-    /// The container's root file system as a detached mount.
+    /// The container's root file system as a detached mount, its owners as `owners`
+    /// maps them.
     ///
     /// # Errors
     /// Nothing was prepared, or the kernel refuses.
-    fn mount(&self, container: &ContainerId) -> std::result::Result<OwnedFd, ImageError>;
+    fn mount(
+        &self,
+        container: &ContainerId,
+        owners: Option<&Mapped>,
+    ) -> std::result::Result<OwnedFd, ImageError>;
+
+    /// An image that was prepared as a volume of the container, or what is at
+    /// `sub_path` in it, as a detached mount that cannot be written to.
+    ///
+    /// # Errors
+    /// It was not prepared, has no such path, or the kernel refuses.
+    fn mount_volume(
+        &self,
+        container: &ContainerId,
+        image_id: &str,
+        sub_path: &str,
+        owners: Option<&Mapped>,
+    ) -> std::result::Result<OwnedFd, ImageError>;
 
     /// A regular file of the image, symlinks resolved inside it; `None` when there is none.
     ///
@@ -130,6 +157,8 @@ pub struct Settings {
     pub cdi_dirs: Vec<PathBuf>,
     /// The host's resolv.conf, for pods without a DNS configuration.
     pub host_resolv_conf: PathBuf,
+    /// How often networks of pods that are gone are looked for.
+    pub network_gc: Duration,
 }
 
 /// The pods and containers of this node. Cheap to clone.
@@ -152,6 +181,11 @@ struct Inner {
     images: Arc<dyn Images>,
     seccomp: seccomp::Compiler,
     pending: pending::Pending,
+    user_namespaces: UserNamespaces,
+    /// Why pods cannot have user namespaces here; `None` when they can.
+    user_namespaces_missing: Option<String>,
+    rates: crate::stats::Rates,
+    updates: update_resources::Updates,
 }
 
 impl Sandboxes {
@@ -180,6 +214,12 @@ impl Sandboxes {
             let program = Program::open(&settings.monitor)
                 .map_err(|e| SandboxError::caused(Kind::Internal, "no monitor, no pods", e))?;
             let (objects, unreadable) = Objects::load(settings.lib.join("pods"))?;
+            let user_namespaces = UserNamespaces::default();
+            let checked = user_namespaces.check(&program, &settings.lib);
+            let user_namespaces_missing = checked.err().map(|error| chain(&error));
+            if let Some(why) = &user_namespaces_missing {
+                tracing::warn!(why, "pods cannot have user namespaces");
+            }
             let inner = Inner {
                 boot_id: boot_id.trim().to_owned(),
                 objects,
@@ -195,6 +235,10 @@ impl Sandboxes {
                     SandboxError::caused(Kind::Internal, "no seccomp, no containers", error)
                 })?,
                 pending: pending::Pending::default(),
+                user_namespaces,
+                user_namespaces_missing,
+                rates: crate::stats::Rates::default(),
+                updates: update_resources::Updates::default(),
                 settings,
             };
             Ok((inner, unreadable))
@@ -204,6 +248,7 @@ impl Sandboxes {
         tokio::spawn(listen(Arc::downgrade(&sandboxes.0), heard));
         recovery::recover(&sandboxes.0, unreadable).await;
         tokio::spawn(pending::work(Arc::downgrade(&sandboxes.0)));
+        tokio::spawn(network_gc::work(Arc::downgrade(&sandboxes.0)));
         Ok(sandboxes)
     }
 
@@ -230,6 +275,11 @@ impl Sandboxes {
     /// The cgroups that containers are put into.
     pub fn cgroups(&self) -> &Cgroups {
         &self.0.cgroups
+    }
+
+    /// Why pods cannot have user namespaces on this node; `None` when they can.
+    pub fn user_namespaces_missing(&self) -> Option<&str> {
+        self.0.user_namespaces_missing.as_deref()
     }
 
     /// Opens a container's log file again; lines go to the new one when this returns.
@@ -353,4 +403,16 @@ fn internal<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
 ) -> impl FnOnce(E) -> SandboxError {
     let text = text.into();
     move |error| SandboxError::caused(Kind::Internal, text, error)
+}
+
+/// An error and its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

@@ -6,14 +6,21 @@ use crate::container::ContainerRecord;
 use crate::error::SandboxError;
 use crate::id::PodId;
 use crate::operation::lock;
-use crate::pod::PodRecord;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 
 /// How long until the next round; a step that fails has mostly been waiting for
 /// something outside, so sooner would not help.
 const ROUND: Duration = Duration::from_secs(5);
+
+/// Longest pause between two tries at a network: each runs the plugins again,
+/// and one whose plugin is gone for good costs no more than this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// How many networks are tried at the same time; plugins that hang take long.
+const NETWORKS: usize = 8;
 
 /// Something left to do, for `berth status`.
 #[derive(Clone, Debug)]
@@ -33,7 +40,7 @@ enum Task {
     /// Take a half-made pod apart and forget it.
     Undo(PodId),
     /// Take the network of a pod back that may be gone itself.
-    Detach(Arc<PodRecord>),
+    Detach,
     /// Remove a half-made container.
     Remove(Arc<ContainerRecord>),
     /// A record that cannot be read: nothing can be done but to say so.
@@ -43,6 +50,8 @@ enum Task {
 struct Entry {
     task: Task,
     info: PendingInfo,
+    /// Not before.
+    next: Instant,
 }
 
 /// What is left to do.
@@ -59,13 +68,8 @@ impl Pending {
         );
     }
 
-    pub fn detach(&self, pod: Arc<PodRecord>, error: &SandboxError) {
-        self.put(
-            pod.id.to_string(),
-            "take the network back",
-            Task::Detach(pod),
-            error,
-        );
+    pub fn detach(&self, pod: &str, error: &SandboxError) {
+        self.put(pod.to_owned(), "take the network back", Task::Detach, error);
     }
 
     pub fn remove(&self, container: Arc<ContainerRecord>, error: &SandboxError) {
@@ -98,7 +102,12 @@ impl Pending {
             last_error: error.chain(),
             attempts,
         };
-        entries.insert(subject, Entry { task, info });
+        let pause = match task {
+            Task::Detach => (ROUND * (1 << (attempts - 1).min(6))).min(LONGEST_PAUSE),
+            Task::Undo(_) | Task::Remove(_) | Task::Unreadable => Duration::ZERO,
+        };
+        let next = Instant::now() + pause;
+        entries.insert(subject, Entry { task, info, next });
     }
 
     pub fn list(&self) -> Vec<PendingInfo> {
@@ -109,16 +118,38 @@ impl Pending {
     }
 }
 
-/// Tries everything again each [`ROUND`], until the service is gone.
+/// Tries everything again each [`ROUND`], networks less and less often, until the
+/// service is gone.
 pub(super) async fn work(inner: Weak<Inner>) {
+    let networks = Arc::new(Semaphore::new(NETWORKS));
     loop {
         tokio::time::sleep(ROUND).await;
         let Some(inner) = inner.upgrade() else { return };
+        let now = Instant::now();
         let tasks: Vec<(String, Task)> = lock(&inner.pending.0)
             .iter()
+            .filter(|(_, entry)| entry.next <= now)
             .map(|(subject, entry)| (subject.clone(), entry.task.clone()))
             .collect();
         for (subject, task) in tasks {
+            if let Task::Detach = task {
+                // Beside the rest: its plugins may take minutes.
+                let Ok(turn) = networks.clone().try_acquire_owned() else {
+                    continue;
+                };
+                if let Some(entry) = lock(&inner.pending.0).get_mut(&subject) {
+                    entry.next = now + LONGEST_PAUSE * 2;
+                }
+                let inner = inner.clone();
+                tokio::spawn(async move {
+                    match inner.retry_detach(&subject).await {
+                        Ok(()) => _ = lock(&inner.pending.0).remove(&subject),
+                        Err(error) => inner.pending.detach(&subject, &error),
+                    }
+                    drop(turn);
+                });
+                continue;
+            }
             let attempts = |inner: &Inner| {
                 lock(&inner.pending.0)
                     .get(&subject)
@@ -127,17 +158,12 @@ pub(super) async fn work(inner: Weak<Inner>) {
             let before = attempts(&inner);
             match task {
                 Task::Undo(pod) => inner.undo_pod(&pod).await,
-                Task::Detach(pod) => {
-                    if let Err(error) = inner.detach(&pod).await {
-                        inner.pending.detach(pod, &error);
-                    }
-                }
                 Task::Remove(container) => {
                     if let Err(error) = inner.remove_container(&container, None).await {
                         inner.pending.remove(container, &error);
                     }
                 }
-                Task::Unreadable => continue,
+                Task::Unreadable | Task::Detach => continue,
             }
             // Not tried and failed again: done.
             if attempts(&inner) == before {

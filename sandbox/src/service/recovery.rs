@@ -260,12 +260,7 @@ async fn sweep(inner: &Arc<Inner>) {
                 tracing::warn!(container = %id, error = &*error, "a file system of nobody's stays");
             }
         }
-        let live: Vec<&str> = view
-            .pods()
-            .filter(|pod| pod.state != PodState::Stopped)
-            .map(|pod| pod.id.as_str())
-            .collect();
-        match me.network.gc(&live) {
+        match me.network.gc_builtin(&|id| me.has_network(id)) {
             Ok(freed) if freed.is_empty() => {}
             Ok(freed) => tracing::info!(?freed, "took back networks of nobody's"),
             Err(error) => {

@@ -10,8 +10,8 @@ use crate::monitor::{self, Monitor};
 use crate::operation::{Stage, lock};
 use crate::pod::{PodEvent, PodRecord, PodState};
 use crate::pod_files;
-use crate::pod_spec::{Namespace, PidMode, PodSpec, Protocol};
-use berth_netplugin::network::{AttachRequest, AttachResult, Pod, PortMapping};
+use crate::pod_spec::{IdMapping, Namespace, PidMode, PodSpec, Protocol};
+use berth_netplugin::network::{self, AttachRequest, AttachResult, Pod, PortMapping};
 use berth_proto::monitor_v1::{self, request};
 use berth_store::crash;
 use std::sync::Arc;
@@ -48,12 +48,14 @@ impl Inner {
         {
             return Ok(pod.id.clone());
         }
+        self.check_user_namespace(&spec)?;
         if spec.namespaces.network == Namespace::Pod {
-            let status = self.network.status();
-            if !status.ready {
-                let text = format!("the network is not ready: {}", status.message);
-                return Err(SandboxError::new(Kind::Internal, text));
-            }
+            let (me, handler) = (self.clone(), spec.runtime_handler.clone());
+            blocking(move || {
+                let configured = me.network.configured(&handler);
+                configured.map_err(internal("no pod can be run now"))
+            })
+            .await?;
         }
         stage.enter("record");
         let pod = PodRecord {
@@ -162,7 +164,7 @@ impl Inner {
 
     /// The cgroup of a pod whose caller names none.
     pub(super) fn own_cgroup(&self, id: &PodId) -> String {
-        format!("{}/pod-{id}", self.cgroups.default_parent())
+        self.cgroups.own_parent(id)
     }
 
     /// Connects to the pod's monitor and keeps the connection.
@@ -203,8 +205,8 @@ impl Inner {
                     value: value.clone(),
                 })
                 .collect(),
-            uid_map: Vec::new(),
-            gid_map: Vec::new(),
+            uid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.uids)),
+            gid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.gids)),
         };
         monitor
             .tell(request::Body::MakeNamespaces(message), Vec::new())
@@ -223,12 +225,19 @@ impl Inner {
         blocking(move || {
             let netns = me.run_dir(&pod.id).join("netns");
             let port_mappings = port_mappings(&pod.spec);
+            let dns = pod.spec.dns.as_ref().map(|dns| network::Dns {
+                servers: &dns.servers,
+                searches: &dns.searches,
+                options: &dns.options,
+            });
             let request = AttachRequest {
                 pod: network_pod(&pod),
                 netns: &netns,
                 port_mappings: &port_mappings,
                 annotations: &pod.spec.annotations,
                 cgroup_parent: &pod.spec.cgroup_parent,
+                dns,
+                handler: &pod.spec.runtime_handler,
             };
             let attached = me.network.attach(&request).map_err(internal(format!(
                 "cannot give pod sandbox {} its network",
@@ -249,6 +258,15 @@ pub(super) fn network_pod(pod: &PodRecord) -> Pod<'_> {
     }
 }
 
+fn id_map(ranges: Option<&Vec<IdMapping>>) -> Vec<monitor_v1::IdRange> {
+    let range = |range: &IdMapping| monitor_v1::IdRange {
+        container_id: range.container_id,
+        host_id: range.host_id,
+        length: range.length,
+    };
+    ranges.into_iter().flatten().map(range).collect()
+}
+
 fn port_mappings(spec: &PodSpec) -> Vec<PortMapping> {
     spec.port_mappings
         .iter()
@@ -256,9 +274,9 @@ fn port_mappings(spec: &PodSpec) -> Vec<PortMapping> {
             host_port: mapping.host_port,
             container_port: mapping.container_port,
             protocol: match mapping.protocol {
-                Protocol::Tcp => berth_netplugin::network::Protocol::Tcp,
-                Protocol::Udp => berth_netplugin::network::Protocol::Udp,
-                Protocol::Sctp => berth_netplugin::network::Protocol::Sctp,
+                Protocol::Tcp => network::Protocol::Tcp,
+                Protocol::Udp => network::Protocol::Udp,
+                Protocol::Sctp => network::Protocol::Sctp,
             },
             host_ip: mapping.host_ip,
         })

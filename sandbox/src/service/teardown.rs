@@ -109,7 +109,7 @@ impl Inner {
         enter("network");
         if let Err(error) = self.detach(pod).await {
             // A pod goes also when its network does not let it: that is finished later.
-            self.pending.detach(pod.clone(), &error);
+            self.pending.detach(pod.id.as_str(), &error);
         }
         crash::point("stop_pod.network");
 
@@ -194,11 +194,11 @@ impl Inner {
         let Some(cgroup) = container.cgroup.clone() else {
             return Ok(());
         };
-        let id = container.id.clone();
+        let (me, id) = (self.clone(), container.id.clone());
         blocking(move || {
             cgroup
                 .kill_all(KILL_DEADLINE)
-                .and_then(|()| cgroup.remove(KILL_DEADLINE))
+                .and_then(|()| me.cgroups.release(&cgroup, KILL_DEADLINE))
                 .map_err(internal(format!(
                     "cannot remove the cgroup of container {id}"
                 )))
