@@ -72,13 +72,15 @@ fuzz:
 demo: build
 	@$(BUILT)/demo
 
-# Pod starts next to Debian's containerd and runc; BENCH="exec -n 200" for execs.
+# Pod starts next to Debian's containerd and runc; BENCH="exec -n 200" for execs. BENCH=network
+# is a pod's network next to Debian's plugins, BENCH=throughput what it lets through.
+APART := network throughput
 bench:
-	@tests/setup containerd runc containernetworking-plugins
+	@tests/setup containerd runc containernetworking-plugins iperf3
 	@$(MAKE) --no-print-directory PROFILE=release bench-built
 
 bench-built: build
-	@$(BUILT)/against-containerd $(BENCH)
+	@$(BUILT)/$(if $(filter $(APART),$(BENCH)),berth-bench,against-containerd) $(BENCH)
 
 clean:
 	cargo clean

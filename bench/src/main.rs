@@ -2,6 +2,9 @@
 //!
 //! Every round does the same on each socket in turn, so a machine that gets
 //! slower gets slower for all of them; what is to be read are the ratios.
+//! `network` and `throughput` need no runtime.
+
+mod network;
 
 use anyhow::{Context as _, Result, bail};
 use berth_proto::runtime_v1 as cri;
@@ -40,12 +43,16 @@ struct Arguments {
     cgroup_parent: String,
 }
 
-#[derive(Subcommand, Clone, Copy)]
+#[derive(Subcommand, Clone)]
 enum What {
     /// RunPodSandbox to StartContainer answered, and each call of it.
     Start,
     /// ExecSync of `true` in a running container.
     Exec,
+    /// A pod's network: the built-in one and Debian's plugins.
+    Network(network::SetUp),
+    /// What two pods can send each other: on the built-in network and on a bridge made by hand.
+    Throughput(network::Throughput),
 }
 
 struct Runtime {
@@ -63,6 +70,11 @@ type Times = Vec<(&'static str, f64)>;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    match &arguments.what {
+        What::Network(options) => return network::set_up(options, arguments.rounds),
+        What::Throughput(options) => return network::throughput(options, arguments.rounds),
+        What::Start | What::Exec => {}
+    }
     if arguments.sockets.is_empty() {
         bail!("give at least one --socket");
     }
@@ -101,6 +113,7 @@ async fn measure(arguments: &Arguments, runtimes: &mut [Runtime]) -> Result<Vec<
             let times = match arguments.what {
                 What::Start => time_start(runtime, &arguments.image, round).await,
                 What::Exec => time_exec(runtime, &arguments.image, round).await,
+                What::Network(_) | What::Throughput(_) => bail!("these are measured apart"),
             };
             let times = times.with_context(|| format!("round {round} on {}", runtime.name))?;
             if round > 0 {
