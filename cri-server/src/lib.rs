@@ -18,9 +18,13 @@ mod images;
 mod logging;
 mod metrics;
 mod metrics_http;
+mod pod_metrics;
 mod rpc;
 mod runtime;
 mod serve;
 mod socket;
+mod writable;
+mod streaming;
+pub mod wire;
 
 pub use commands::main;

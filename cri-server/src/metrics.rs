@@ -4,6 +4,7 @@
 //! or names. Gauges of pods and containers are read from the view when asked.
 
 use berth_proto::runtime_v1 as cri;
+use berth_sandbox::service::LogTotals;
 use berth_sandbox::view::View;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec,
@@ -30,6 +31,11 @@ struct Families {
     pull_seconds: Histogram,
     pulls: IntCounterVec,
     pull_bytes: IntCounter,
+    events_missed: IntCounter,
+    log_lines: IntCounter,
+    log_bytes: IntCounter,
+    log_dropped_lines: IntCounter,
+    log_dropped_bytes: IntCounter,
     pods: IntGaugeVec,
     containers: IntGaugeVec,
 }
@@ -85,6 +91,26 @@ impl Metrics {
                 "berth_image_pull_bytes_total",
                 "Compressed bytes of layers received by pulls.",
             )?,
+            events_missed: IntCounter::new(
+                "berth_container_events_missed_total",
+                "Events that listeners of GetContainerEvents did not keep up with.",
+            )?,
+            log_lines: IntCounter::new(
+                "berth_container_log_lines_total",
+                "Lines written to containers' logs; one in parts counts once.",
+            )?,
+            log_bytes: IntCounter::new(
+                "berth_container_log_bytes_total",
+                "Bytes of containers' output written to their logs.",
+            )?,
+            log_dropped_lines: IntCounter::new(
+                "berth_container_log_dropped_lines_total",
+                "Lines of containers' output that are not in their logs.",
+            )?,
+            log_dropped_bytes: IntCounter::new(
+                "berth_container_log_dropped_bytes_total",
+                "Bytes of containers' output that are not in their logs.",
+            )?,
             pods: IntGaugeVec::new(
                 Opts::new("berth_pods", "Pod sandboxes by state."),
                 &["state"],
@@ -102,6 +128,11 @@ impl Metrics {
         registry.register(Box::new(families.pull_seconds.clone()))?;
         registry.register(Box::new(families.pulls.clone()))?;
         registry.register(Box::new(families.pull_bytes.clone()))?;
+        registry.register(Box::new(families.events_missed.clone()))?;
+        registry.register(Box::new(families.log_lines.clone()))?;
+        registry.register(Box::new(families.log_bytes.clone()))?;
+        registry.register(Box::new(families.log_dropped_lines.clone()))?;
+        registry.register(Box::new(families.log_dropped_bytes.clone()))?;
         registry.register(Box::new(families.pods.clone()))?;
         registry.register(Box::new(families.containers.clone()))?;
         for result in ["ok", "error"] {
@@ -141,6 +172,22 @@ impl Metrics {
             .pulls
             .with_label_values(&[if ok { "ok" } else { "error" }])
             .inc();
+    }
+
+    /// A listener of GetContainerEvents did not keep up.
+    pub fn events_missed(&self, count: u64) {
+        self.0.events_missed.inc_by(count);
+    }
+
+    /// What containers have logged so far.
+    pub fn logs(&self, totals: &LogTotals) {
+        let rise = |counter: &IntCounter, to: u64| {
+            counter.inc_by(to.saturating_sub(counter.get()));
+        };
+        rise(&self.0.log_lines, totals.lines);
+        rise(&self.0.log_bytes, totals.bytes);
+        rise(&self.0.log_dropped_lines, totals.dropped_lines);
+        rise(&self.0.log_dropped_bytes, totals.dropped_bytes);
     }
 
     /// Everything in Prometheus' text format, pods and containers as `view` has them.
@@ -221,6 +268,15 @@ mod tests {
         metrics.rpc("ContainerStatus", Duration::from_millis(1), Code::NotFound);
         metrics.stage("RunPodSandbox", "network", Duration::from_millis(2));
         metrics.pull(Duration::from_secs(1), 42, true);
+        let mut totals = LogTotals {
+            lines: 7,
+            dropped_lines: 1,
+            ..LogTotals::default()
+        };
+        metrics.logs(&totals);
+        // Another scrape at the same time was quicker with newer ones.
+        totals.lines = 6;
+        metrics.logs(&totals);
         let text = metrics.render(&View::default()).unwrap();
         for line in [
             "berth_build_info{version=\"0.1.0\"} 1",
@@ -230,6 +286,8 @@ mod tests {
             "berth_image_pulls_total{result=\"error\"} 0",
             "berth_image_pulls_total{result=\"ok\"} 1",
             "berth_image_pull_bytes_total 42",
+            "berth_container_log_lines_total 7",
+            "berth_container_log_dropped_lines_total 1",
             "berth_pods{state=\"ready\"} 0",
             "berth_containers{state=\"running\"} 0",
         ] {

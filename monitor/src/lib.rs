@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! berth-monitor --pod ID --listen-fd 3 [--line-bytes N]
+//! berth-monitor --user-namespace                    (see `user_namespace`)
 //! ```
 //!
 //! It makes the pod's namespaces, launches containers and execs, reaps, keeps
@@ -25,12 +26,25 @@ mod namespaces;
 mod reaper;
 mod rootfs;
 mod status;
+mod user_namespace;
 mod wire;
 
 use std::process::ExitCode;
 
 /// Runs the program: reads the command line, serves until the pod is gone.
 pub fn main() -> ExitCode {
+    if std::env::args().skip(1).eq(["--user-namespace"]) {
+        return match user_namespace::hold() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("berth-monitor: cannot make a user namespace: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if std::env::args().skip(1).eq(["--hold"]) {
+        return hold();
+    }
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,
         Err(why) => {
@@ -45,6 +59,18 @@ pub fn main() -> ExitCode {
             let errno = rustix::io::Errno::from_raw_os_error(error.errno);
             eprintln!("berth-monitor: {error}: {errno}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does nothing until its stdin ends: the daemon holds a systemd scope open with it
+/// while the scope is limited and entered.
+fn hold() -> ExitCode {
+    let mut byte = [0];
+    loop {
+        match rustix::io::read(rustix::stdio::stdin(), &mut byte) {
+            Ok(0) | Err(_) => return ExitCode::SUCCESS,
+            Ok(_) => {}
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::container::{ContainerRecord, ContainerState};
 use crate::error::{Kind, Result, SandboxError};
+use crate::events::{self, Event, EventKind, Events, Listener};
 use crate::id::{ContainerId, PodId};
 use crate::operation::lock;
 use crate::pod::PodRecord;
@@ -63,6 +64,7 @@ pub(crate) struct Objects {
     view: ArcSwap<View>,
     writing: Mutex<()>,
     changed: watch::Sender<()>,
+    events: Events,
 }
 
 /// What [`Objects::load`] could not read: kept on disk, and said.
@@ -149,6 +151,7 @@ impl Objects {
             view: ArcSwap::from_pointee(view),
             writing: Mutex::new(()),
             changed: watch::Sender::new(()),
+            events: Events::default(),
         };
         Ok((objects, unreadable))
     }
@@ -161,6 +164,32 @@ impl Objects {
     /// Told at every change of the view.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
+    }
+
+    /// Told what happens to pods and containers from now on.
+    pub fn listen(&self) -> Listener {
+        self.events.listen()
+    }
+
+    /// Tells listeners; `pod` is the record to show where the view has it no more.
+    fn tell(&self, kinds: &[EventKind], id: &str, pod: &PodId, gone: Option<&Arc<PodRecord>>) {
+        if kinds.is_empty() || !self.events.is_heard() {
+            return;
+        }
+        let view = self.view.load();
+        for &kind in kinds {
+            self.events.tell(Event {
+                kind,
+                id: id.to_owned(),
+                at: now(),
+                pod: view.pod(pod.as_str()).or(gone).cloned(),
+                containers: view
+                    .containers_of(pod)
+                    .filter(|container| container.state.is_listed())
+                    .cloned()
+                    .collect(),
+            });
+        }
     }
 
     pub fn pod_dir(&self, id: &PodId) -> PathBuf {
@@ -256,10 +285,13 @@ impl Objects {
                 return Err(SandboxError::caused(Kind::Internal, text, error));
             }
         }
+        let old = self.view.load().pod(id.as_str()).cloned();
         self.publish(|view| {
             view.pods.remove(id.as_str());
             view.containers.retain(|_, container| container.pod != *id);
         });
+        let kinds = events::of_pod(old.as_ref().map(|pod| &pod.state), None);
+        self.tell(kinds, id.as_str(), id, old.as_ref());
         Ok(())
     }
 
@@ -269,9 +301,12 @@ impl Objects {
         let record = self.container_path(pod, id);
         record::remove(&record, Durability::ProcessEnd).map_err(internal)?;
         record::remove(&self.exit_path(pod, id), Durability::ProcessEnd).map_err(internal)?;
+        let old = self.view.load().container(id.as_str()).cloned();
         self.publish(|view| {
             view.containers.remove(id.as_str());
         });
+        let kind = events::of_container(old.as_ref().map(|container| &container.state), None);
+        self.tell(kind.as_slice(), id.as_str(), pod, None);
         Ok(())
     }
 
@@ -279,9 +314,12 @@ impl Objects {
         let path = self.pod_dir(&pod.id).join("pod.rec");
         record::save(&path, &pod, Durability::ProcessEnd).map_err(internal)?;
         let pod = Arc::new(pod);
+        let old = self.view.load().pod(pod.id.as_str()).cloned();
         self.publish(|view| {
             view.pods.insert(pod.id.to_string(), pod.clone());
         });
+        let kinds = events::of_pod(old.as_ref().map(|pod| &pod.state), Some(&pod.state));
+        self.tell(kinds, pod.id.as_str(), &pod.id, None);
         Ok(pod)
     }
 
@@ -289,10 +327,14 @@ impl Objects {
         let path = self.container_path(&container.pod, &container.id);
         record::save(&path, &container, Durability::ProcessEnd).map_err(internal)?;
         let container = Arc::new(container);
+        let old = self.view.load().container(container.id.as_str()).cloned();
         self.publish(|view| {
             view.containers
                 .insert(container.id.to_string(), container.clone());
         });
+        let before = old.as_ref().map(|container| &container.state);
+        let kind = events::of_container(before, Some(&container.state));
+        self.tell(kind.as_slice(), container.id.as_str(), &container.pod, None);
         Ok(container)
     }
 
@@ -332,6 +374,14 @@ pub fn shown(state: &ContainerState) -> &ContainerState {
         | ContainerState::Running { .. }
         | ContainerState::Exited { .. } => state,
     }
+}
+
+/// Nanoseconds since 1970.
+fn now() -> i64 {
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
 fn internal(error: berth_store::RecordError) -> SandboxError {

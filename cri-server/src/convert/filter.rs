@@ -24,6 +24,19 @@ pub fn pod(filter: &cri::PodSandboxFilter, pod: &PodRecord) -> bool {
         && labels_match(&filter.label_selector, &pod.spec.labels)
 }
 
+/// Whether `pod` is among those whose statistics are asked for.
+pub fn pod_stats(filter: &cri::PodSandboxStatsFilter, pod: &PodRecord) -> bool {
+    id_matches(&filter.id, pod.id.as_str())
+        && labels_match(&filter.label_selector, &pod.spec.labels)
+}
+
+/// Whether `container` is among those whose statistics are asked for.
+pub fn container_stats(filter: &cri::ContainerStatsFilter, container: &ContainerRecord) -> bool {
+    id_matches(&filter.id, container.id.as_str())
+        && id_matches(&filter.pod_sandbox_id, container.pod.as_str())
+        && labels_match(&filter.label_selector, &container.spec.labels)
+}
+
 /// Whether `container` is among those asked for.
 pub fn container(filter: &cri::ContainerFilter, container: &ContainerRecord) -> bool {
     let state = i32::from(super::answer::container_state(&container.state));

@@ -20,6 +20,7 @@ pub mod pod;
 pub mod resources;
 mod security;
 pub mod signal;
+pub mod stats;
 #[cfg(test)]
 mod tests;
 pub mod text;

@@ -1,5 +1,6 @@
-//! ListContainers, from the snapshot: it never waits for anything.
+//! ListContainers and StreamContainers, from the snapshot: they never wait for anything.
 
+use super::chunks::{Pieces, pieces};
 use crate::convert::{answer, filter};
 use crate::daemon::Daemon;
 use berth_proto::runtime_v1 as cri;
@@ -9,7 +10,23 @@ pub fn list_containers(
     daemon: &Daemon,
     request: cri::ListContainersRequest,
 ) -> cri::ListContainersResponse {
-    let wanted = request.filter.unwrap_or_default();
+    cri::ListContainersResponse {
+        containers: list(daemon, request.filter),
+    }
+}
+
+/// The same in pieces.
+pub fn stream_containers(
+    daemon: &Daemon,
+    request: cri::StreamContainersRequest,
+) -> Pieces<cri::StreamContainersResponse> {
+    pieces(list(daemon, request.filter), |containers| {
+        cri::StreamContainersResponse { containers }
+    })
+}
+
+fn list(daemon: &Daemon, wanted: Option<cri::ContainerFilter>) -> Vec<cri::Container> {
+    let wanted = wanted.unwrap_or_default();
     let view = daemon.sandboxes.view();
     let mut containers: Vec<_> = view
         .containers()
@@ -17,5 +34,5 @@ pub fn list_containers(
         .map(|container| answer::container(container))
         .collect();
     containers.sort_by_key(|container| std::cmp::Reverse(container.created_at));
-    cri::ListContainersResponse { containers }
+    containers
 }

@@ -1,5 +1,4 @@
-//! UpdateContainerResources: new limits for a container. Not there yet; what is
-//! asked for is checked all the same.
+//! UpdateContainerResources: new limits for a container, all or none of them.
 
 use super::find;
 use crate::convert::{Field, resources};
@@ -9,18 +8,23 @@ use berth_proto::runtime_v1 as cri;
 use std::sync::Arc;
 use tonic::Status;
 
-/// UNIMPLEMENTED, after the request's own mistakes.
+/// What is not given stays as it is; devices always do.
 pub async fn update_container_resources(
     daemon: Arc<Daemon>,
     request: cri::UpdateContainerResourcesRequest,
 ) -> Result<cri::UpdateContainerResourcesResponse, Status> {
-    find::container_record(&daemon.sandboxes.view(), &request.container_id)?;
+    let container = find::container_record(&daemon.sandboxes.view(), &request.container_id)?;
     if request.windows.is_some() {
         let field = Field::root("windows");
         return Err(field.invalid("is given, but this node runs Linux").into());
     }
     if let Some(linux) = &request.linux {
-        resources::resources(&Field::root("linux"), linux)?;
+        let given = resources::resources(&Field::root("linux"), linux)?;
+        daemon
+            .sandboxes
+            .update_container_resources(container.id.as_str(), given)
+            .await
+            .map_err(|error| rpc::status(&error))?;
     }
-    Err(rpc::not_yet("UpdateContainerResources"))
+    Ok(cri::UpdateContainerResourcesResponse {})
 }

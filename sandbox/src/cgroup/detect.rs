@@ -1,7 +1,7 @@
 //! Which hierarchies are mounted where.
 
 use super::{
-    Cgroups, Driver, DriverChoice, Error, Hierarchy, Settings, Unified, Version, file, path,
+    Cgroups, Driver, DriverChoice, Error, Hierarchy, Settings, Unified, Version, file, path, systemd,
 };
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -42,18 +42,34 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         _ => Version::V1,
     };
     let driver = match settings.driver {
-        DriverChoice::Auto | DriverChoice::Cgroupfs => Driver::Cgroupfs,
+        DriverChoice::Cgroupfs => Driver::Cgroupfs,
+        DriverChoice::Auto if version == Version::V2 && systemd::is_there() => Driver::Systemd,
+        DriverChoice::Auto => Driver::Cgroupfs,
         DriverChoice::Systemd if version == Version::V1 => {
             return Err(Error::SystemdOnV1 {
                 root: settings.root,
             });
         }
+        DriverChoice::Systemd if systemd::is_there() => Driver::Systemd,
         DriverChoice::Systemd => {
             let comm = file::read(Path::new("/proc/1/comm"))?.trim_end().to_owned();
-            if comm != "systemd" {
-                return Err(Error::NoSystemd { comm });
-            }
-            return Err(Error::SystemdNotYet);
+            return Err(Error::NoSystemd { comm });
+        }
+    };
+    let default_parent = match driver {
+        Driver::Cgroupfs => path::normal(&settings.default_parent)?,
+        // "/berth" stands for berth.slice.
+        Driver::Systemd => {
+            let normal = path::normal(&settings.default_parent)?;
+            let last = normal.rsplit('/').next().unwrap_or_default();
+            let slice = match last.ends_with(".slice") {
+                true => last.to_owned(),
+                false => format!("{last}.slice"),
+            };
+            let slice = systemd::slice_of(&slice).ok_or_else(|| Error::NotASlice {
+                parent: normal.clone(),
+            })?;
+            systemd::path_of_slice(slice)
         }
     };
     let unified = match unified {
@@ -67,9 +83,11 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
     Ok(Cgroups {
         version,
         driver,
-        default_parent: path::normal(&settings.default_parent)?,
+        default_parent,
+        memory_guard: settings.memory_guard,
         hierarchies,
         unified,
+        systemd: systemd::Systemd::default(),
         ours: Mutex::default(),
     })
 }

@@ -15,18 +15,24 @@
 mod detect;
 mod device;
 mod file;
+mod journal;
 mod kill;
 mod path;
 mod stats;
+mod systemd;
+mod usage;
 mod v1;
 mod v2;
 
 pub use device::{DeviceKind, DeviceRule};
+pub use journal::Journal;
 pub use path::BadPath;
 pub use stats::{CpuStats, MemoryStats, PidsStats, Pressure, PressureTotals, Stats, SwapStats};
+pub use systemd::{SystemdError, is_there as systemd_is_there};
+pub use usage::{DeviceIo, HugepageUsage, Limits};
 
 use crate::container_spec::Resources;
-use crate::id::ContainerId;
+use crate::id::{ContainerId, PodId};
 use berth_proto::monitor_v1;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -44,8 +50,15 @@ pub enum Error {
     SystemdOnV1 { root: PathBuf },
     #[error("the systemd cgroup driver needs systemd as process 1, and that is {comm:?}")]
     NoSystemd { comm: String },
-    #[error("the systemd cgroup driver is not there yet: use cgroupfs, also in the kubelet")]
-    SystemdNotYet,
+    #[error(
+        "the cgroup parent {parent:?} is no slice, and the cgroup driver here is systemd: set \
+         cgroupDriver: systemd in the kubelet, or cgroup.driver = \"cgroupfs\" in Berth"
+    )]
+    NotASlice { parent: String },
+    #[error(transparent)]
+    Systemd(#[from] SystemdError),
+    #[error("waited {waited:?} in vain for {what}")]
+    NotInTime { what: String, waited: Duration },
     #[error(transparent)]
     BadPath(#[from] BadPath),
     #[error("cannot read {path}")]
@@ -127,7 +140,8 @@ pub enum Driver {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DriverChoice {
-    /// cgroupfs: what [`Cgroups::driver`] then says is what the kubelet is told.
+    /// systemd where it is process 1 and cgroup v2 is mounted, as it then thinks the cgroups
+    /// its own; else cgroupfs. What [`Cgroups::driver`] then says is what the kubelet is told.
     #[default]
     Auto,
     Cgroupfs,
@@ -142,6 +156,8 @@ pub struct Settings {
     pub driver: DriverChoice,
     /// Where pods go whose config names no cgroup parent.
     pub default_parent: String,
+    /// Whether a memory limit below what is used is refused on v2, as v1's kernel does.
+    pub memory_guard: bool,
 }
 
 impl Default for Settings {
@@ -150,6 +166,7 @@ impl Default for Settings {
             root: PathBuf::from("/sys/fs/cgroup"),
             driver: DriverChoice::Auto,
             default_parent: "/berth".to_owned(),
+            memory_guard: true,
         }
     }
 }
@@ -175,8 +192,10 @@ pub struct Cgroups {
     version: Version,
     driver: Driver,
     default_parent: String,
+    memory_guard: bool,
     hierarchies: Vec<Hierarchy>,
     unified: Option<Unified>,
+    systemd: systemd::Systemd,
     /// Directories of pods that Berth made, so also its to remove: kept here because several
     /// pods may share one, and the last to go is not the one that made it.
     ours: Mutex<BTreeSet<PathBuf>>,
@@ -205,6 +224,9 @@ pub struct Cgroup {
     path: String,
     directories: Vec<Directory>,
     unified: Option<PathBuf>,
+    /// systemd's unit; its slice is the last part of the path above.
+    #[serde(default)]
+    scope: Option<String>,
 }
 
 impl Cgroups {
@@ -259,8 +281,140 @@ impl Cgroups {
                 })
                 .collect(),
             unified: self.unified.as_ref().map(|u| below(&u.mount)),
+            scope: None,
             path,
         })
+    }
+
+    /// Handle of a container's cgroup beneath `parent` (empty: the default one), whether or not
+    /// it exists.
+    ///
+    /// # Errors
+    /// `parent` is no path; with systemd, no slice.
+    pub fn container(&self, parent: &str, container: &ContainerId) -> Result<Cgroup, Error> {
+        let parent = if parent.is_empty() {
+            &self.default_parent
+        } else {
+            parent
+        };
+        match self.driver {
+            Driver::Cgroupfs => {
+                let parent = path::normal(parent)?;
+                self.at(&format!("{parent}/berth-{container}"))
+            }
+            Driver::Systemd => {
+                let parent = systemd::path_of_slice(self.slice(parent)?);
+                let unit = format!("berth-{container}.scope");
+                let mut cgroup = self.at(&format!("{parent}/{unit}"))?;
+                cgroup.scope = Some(unit);
+                Ok(cgroup)
+            }
+        }
+    }
+
+    /// The parent of a pod whose config names none: one of its own in the default one.
+    pub fn own_parent(&self, pod: &PodId) -> String {
+        match self.driver {
+            Driver::Cgroupfs => format!("{}/pod-{pod}", self.default_parent),
+            Driver::Systemd => {
+                let slice = self.slice(&self.default_parent).unwrap_or("berth.slice");
+                let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+                systemd::path_of_slice(&format!("{stem}-pod{pod}.slice"))
+            }
+        }
+    }
+
+    fn slice<'a>(&self, parent: &'a str) -> Result<&'a str, Error> {
+        systemd::slice_of(parent).ok_or_else(|| Error::NotASlice {
+            parent: parent.chars().take(300).collect(),
+        })
+    }
+
+    fn ensure_slice(&self, parent: &str) -> Result<Parent, Error> {
+        let slice = self.slice(parent)?;
+        let path = path::normal(&systemd::path_of_slice(slice))?;
+        let directories: Vec<PathBuf> = self.prefixes(&path).collect();
+        let missing: Vec<PathBuf> = directories
+            .iter()
+            .filter(|directory| !directory.exists())
+            .cloned()
+            .collect();
+        if let Some(innermost) = missing.last() {
+            self.systemd.start_slice(slice)?;
+            systemd::until_there(innermost)?;
+        }
+        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        ours.extend(missing);
+        let made = directories
+            .into_iter()
+            .filter(|directory| ours.contains(directory))
+            .collect();
+        Ok(Parent { path, made })
+    }
+
+    /// Stops the slices that Berth started and nothing is in any more.
+    fn remove_slices(&self, parent: &Parent) -> Result<(), Error> {
+        for directory in parent.made.iter().rev() {
+            let inhabited = std::fs::read_dir(directory).is_ok_and(|entries| {
+                entries
+                    .flatten()
+                    .any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            });
+            let Some(unit) = directory.file_name().and_then(|name| name.to_str()) else {
+                continue;
+            };
+            if inhabited {
+                // Another pod's: that one's record owns it as well.
+                continue;
+            }
+            self.systemd.stop(unit)?;
+            systemd::until_gone(directory, SYSTEMD_TIDIES)?;
+            let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+            ours.remove(directory);
+        }
+        Ok(())
+    }
+
+    /// Makes the scope of a container that starts, around the process `holder`, and limits it.
+    /// Without systemd its cgroup is there already, and nothing is done.
+    ///
+    /// # Errors
+    /// systemd refuses, or what [`Cgroups::create`] says of limits; the scope goes with `holder`.
+    pub fn open_scope(
+        &self,
+        cgroup: &Cgroup,
+        holder: u32,
+        resources: &Resources,
+        devices: &[DeviceRule],
+    ) -> Result<(), Error> {
+        let (Some(unit), Some(directory)) = (&cgroup.scope, &cgroup.unified) else {
+            return Ok(());
+        };
+        let slice = cgroup.path.rsplit('/').nth(1).unwrap_or_default();
+        self.systemd.start_scope(unit, slice, holder, resources)?;
+        systemd::until_entered(holder, &cgroup.path)?;
+        systemd::until_there(directory)?;
+        self.apply(cgroup, resources, &mut Journal::forgetful())?;
+        if !devices.is_empty() {
+            device::apply(cgroup, devices)?;
+        }
+        Ok(())
+    }
+
+    /// Removes a container's cgroup that nothing is in any more; with systemd it is systemd
+    /// that does, and is told to where it does not by itself.
+    ///
+    /// # Errors
+    /// As [`Cgroup::remove`].
+    pub fn release(&self, cgroup: &Cgroup, deadline: Duration) -> Result<(), Error> {
+        if let (Some(unit), Some(directory)) = (&cgroup.scope, &cgroup.unified)
+            && systemd::until_gone(directory, SYSTEMD_NOTICES).is_err()
+        {
+            self.systemd.stop(unit)?;
+            // What is still there then is removed by hand, or said.
+            let _ = systemd::until_gone(directory, SYSTEMD_TIDIES);
+        }
+        cgroup.remove(deadline)
     }
 
     /// Sees to it that a pod's cgroup exists in every hierarchy. Empty stands for the default
@@ -274,6 +428,9 @@ impl Cgroups {
         } else {
             parent
         };
+        if self.driver == Driver::Systemd {
+            return self.ensure_slice(parent);
+        }
         let path = path::normal(parent)?;
         let mut made = Vec::new();
         match self.make_path(&path, &mut made) {
@@ -306,6 +463,9 @@ impl Cgroups {
     /// # Errors
     /// Each directory that the kernel would not let go.
     pub fn remove_parent(&self, parent: &Parent) -> Result<(), Error> {
+        if self.driver == Driver::Systemd {
+            return self.remove_slices(parent);
+        }
         let mut failures = Vec::new();
         let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
         for path in parent.made.iter().rev() {
@@ -377,12 +537,15 @@ impl Cgroups {
         resources: &Resources,
         devices: &[DeviceRule],
     ) -> Result<Cgroup, Error> {
-        let parent = path::normal(if parent.is_empty() {
-            &self.default_parent
-        } else {
-            parent
-        })?;
-        let cgroup = self.at(&format!("{parent}/berth-{container}"))?;
+        let cgroup = self.container(parent, container)?;
+        if self.driver == Driver::Systemd {
+            // A scope lives only with a process in it: it is made when the container starts.
+            return Ok(cgroup);
+        }
+        let parent = cgroup
+            .path
+            .rsplit_once('/')
+            .map_or(String::new(), |(parent, _)| parent.to_owned());
         let result = self.make(&parent, &cgroup, resources, devices);
         if result.is_err() {
             // The first error is the answer; the caller's record lets recovery try again.
@@ -425,29 +588,62 @@ impl Cgroups {
         {
             v1::inherit_cpuset(directory, &cpuset.mount)?;
         }
-        self.apply(cgroup, resources)?;
+        self.apply(cgroup, resources, &mut Journal::forgetful())?;
         if !devices.is_empty() {
             device::apply(cgroup, devices)?;
         }
         Ok(())
     }
 
-    /// Changes the limits that are given and leaves the others.
+    /// Changes the limits that are given and leaves the others, all or none of them. What is
+    /// returned takes it back.
     ///
     /// # Errors
     /// What cannot be limited on this host, a memory limit below what is used now, or what the
-    /// kernel says. Limits written before the failing one stay.
-    pub fn update(&self, cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
-        self.apply(cgroup, resources)
+    /// kernel says; then everything is as it was.
+    pub fn update(&self, cgroup: &Cgroup, resources: &Resources) -> Result<Journal, Error> {
+        if let Some(unit) = &cgroup.scope {
+            if !cgroup.exists() {
+                // Not started: it is limited when it is.
+                return Ok(Journal::keeping());
+            }
+            // Before the files: what systemd rounds is written exactly afterwards.
+            self.systemd.set_limits(unit, resources)?;
+        }
+        let mut journal = Journal::keeping();
+        match self.apply(cgroup, resources, &mut journal) {
+            Ok(()) => Ok(journal),
+            Err(error) => {
+                if let Err(kept) = journal.roll_back() {
+                    // Two errors, one answer: the first is what the caller asked about.
+                    tracing::warn!(error = &kept as &dyn std::error::Error,
+                        "a limit could not be brought back to what it was");
+                }
+                Err(error)
+            }
+        }
     }
 
-    fn apply(&self, cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+    fn apply(
+        &self,
+        cgroup: &Cgroup,
+        resources: &Resources,
+        journal: &mut Journal,
+    ) -> Result<(), Error> {
         match (cgroup.version, &cgroup.unified) {
-            (Version::V2, Some(directory)) => v2::apply(directory, resources),
-            (Version::V1 | Version::V2, _) => v1::apply(cgroup, resources),
+            (Version::V2, Some(directory)) => {
+                v2::apply(directory, resources, self.memory_guard, journal)
+            }
+            (Version::V1 | Version::V2, _) => v1::apply(cgroup, resources, journal),
         }
     }
 }
+
+/// How long systemd gets to notice that a scope is empty, before it is told.
+const SYSTEMD_NOTICES: Duration = Duration::from_secs(2);
+
+/// How long it gets to remove the cgroup of a unit that it was told to stop.
+const SYSTEMD_TIDIES: Duration = Duration::from_secs(10);
 
 /// How long a half-made cgroup is tried to be removed; it is empty, so once would do.
 const UNDO_DEADLINE: Duration = Duration::from_millis(100);

@@ -42,6 +42,11 @@ pub struct MemoryStats {
     pub max_usage: Option<u64>,
     /// How often the limit was hit.
     pub limit_hits: u64,
+    /// Memory of the kernel's own on behalf of the cgroup; 0 where it does not say.
+    pub kernel: u64,
+    /// Faults of the cgroup alone, without those inside it; v2 only tells the sum.
+    pub own_page_faults: u64,
+    pub own_major_page_faults: u64,
 }
 
 impl MemoryStats {
@@ -157,6 +162,11 @@ impl Cgroup {
                     major_page_faults: field("total_pgmajfault"),
                     max_usage: self.number("memory", "memory.max_usage_in_bytes")?,
                     limit_hits: self.number("memory", "memory.failcnt")?.unwrap_or(0),
+                    kernel: self
+                        .number("memory", "memory.kmem.usage_in_bytes")?
+                        .unwrap_or(0),
+                    own_page_faults: field("pgfault"),
+                    own_major_page_faults: field("pgmajfault"),
                 }
             }
             Version::V2 => {
@@ -173,6 +183,9 @@ impl Cgroup {
                     major_page_faults: field("pgmajfault"),
                     max_usage: self.number("memory", "memory.peak")?,
                     limit_hits: self::field(&events, "max").unwrap_or(0),
+                    kernel: field("kernel"),
+                    own_page_faults: field("pgfault"),
+                    own_major_page_faults: field("pgmajfault"),
                 }
             }
         };
@@ -260,7 +273,7 @@ impl Cgroup {
         }
     }
 
-    fn text(&self, controller: &str, name: &str) -> Result<Option<String>, Error> {
+    pub(super) fn text(&self, controller: &str, name: &str) -> Result<Option<String>, Error> {
         let Some(directory) = self.directory(controller) else {
             return Ok(None);
         };
@@ -268,7 +281,7 @@ impl Cgroup {
     }
 
     /// `None` also for "max".
-    fn number(&self, controller: &str, name: &str) -> Result<Option<u64>, Error> {
+    pub(super) fn number(&self, controller: &str, name: &str) -> Result<Option<u64>, Error> {
         Ok(self
             .text(controller, name)?
             .and_then(|text| text.trim().parse().ok()))
@@ -276,7 +289,7 @@ impl Cgroup {
 }
 
 /// The number behind `name` in a flat keyed file.
-fn field(text: &str, name: &str) -> Option<u64> {
+pub(super) fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         line.strip_prefix(name)?
             .strip_prefix(' ')?

@@ -1,6 +1,6 @@
 //! Limits on cgroup v1.
 
-use super::{Cgroup, Error, file, v2};
+use super::{Cgroup, Error, Journal, file, v2};
 use crate::container_spec::Resources;
 use std::io;
 use std::path::Path;
@@ -8,15 +8,19 @@ use std::path::Path;
 /// What the kernel takes for `cpu.shares`. Source: kernel/sched/sched.h, MIN_SHARES, MAX_SHARES.
 const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
 
-pub(super) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+pub(super) fn apply(
+    cgroup: &Cgroup,
+    resources: &Resources,
+    journal: &mut Journal,
+) -> Result<(), Error> {
     if let Some(key) = resources.unified.keys().next() {
         return Err(Error::UnifiedOnV1 { key: key.clone() });
     }
-    cpu(cgroup, resources)?;
-    memory(cgroup, resources)?;
+    cpu(cgroup, resources, journal)?;
+    memory(cgroup, resources, journal)?;
     if let Some(limit) = resources.pids_limit {
         let directory = need(cgroup, "pids", "a limit of processes")?;
-        file::write(&directory.join("pids.max"), &v2::pids(limit))?;
+        journal.write(&directory.join("pids.max"), &v2::pids(limit))?;
     }
     for (name, value) in [
         ("cpuset.cpus", &resources.cpuset_cpus),
@@ -24,10 +28,10 @@ pub(super) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error>
     ] {
         if !value.is_empty() {
             let directory = need(cgroup, "cpuset", "a set of processors or memory nodes")?;
-            file::write(&directory.join(name), value)?;
+            journal.write(&directory.join(name), value)?;
         }
     }
-    hugetlb(cgroup, resources)
+    hugetlb(cgroup, resources, journal)
 }
 
 fn need<'a>(
@@ -40,7 +44,7 @@ fn need<'a>(
         .ok_or(Error::NoController { controller, what })
 }
 
-fn cpu(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+fn cpu(cgroup: &Cgroup, resources: &Resources, journal: &mut Journal) -> Result<(), Error> {
     // CRI cannot say "not given" but by 0.
     let shares = resources.cpu_shares.filter(|shares| *shares != 0);
     let period = resources.cpu_period.filter(|period| *period != 0);
@@ -51,12 +55,12 @@ fn cpu(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
     let directory = need(cgroup, "cpu", "a share of processor time")?;
     if let Some(shares) = shares {
         let shares = shares.clamp(*SHARES.start(), *SHARES.end());
-        file::write(&directory.join("cpu.shares"), &shares.to_string())?;
+        journal.write(&directory.join("cpu.shares"), &shares.to_string())?;
     }
     let period_file = directory.join("cpu.cfs_period_us");
     let mut period_late = None;
     if let Some(period) = period {
-        match file::write(&period_file, &period.to_string()) {
+        match journal.write(&period_file, &period.to_string()) {
             // With the old quota this period would be more than the parent has: quota first.
             Err(Error::Write { source, .. })
                 if quota.is_some() && source.kind() == io::ErrorKind::InvalidInput =>
@@ -67,18 +71,18 @@ fn cpu(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
         }
     }
     if let Some(quota) = quota {
-        file::write(
+        journal.write(
             &directory.join("cpu.cfs_quota_us"),
             &quota.max(-1).to_string(),
         )?;
     }
     if let Some(period) = period_late {
-        file::write(&period_file, &period.to_string())?;
+        journal.write(&period_file, &period.to_string())?;
     }
     Ok(())
 }
 
-fn memory(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+fn memory(cgroup: &Cgroup, resources: &Resources, journal: &mut Journal) -> Result<(), Error> {
     let limit = resources.memory_limit_bytes.filter(|limit| *limit != 0);
     // No word on swap means none, as the other runtimes have it.
     let swap = resources
@@ -96,32 +100,32 @@ fn memory(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
     let directory = need(cgroup, "memory", "a memory limit")?;
     let limit_file = directory.join("memory.limit_in_bytes");
     let swap_file = directory.join("memory.memsw.limit_in_bytes");
-    let write_limit = || match limit {
-        Some(limit) => shrink(&limit_file, limit, directory),
+    let write_limit = |journal: &mut Journal| match limit {
+        Some(limit) => shrink(journal, &limit_file, limit, directory),
         None => Ok(()),
     };
     let Some(current) = file::read_if_there(&swap_file)? else {
         // The kernel does not count swap (swapaccount=0): what is left is the memory limit.
-        return write_limit();
+        return write_limit(journal);
     };
-    let write_swap = || match swap {
-        Some(swap) => shrink(&swap_file, swap, directory),
+    let write_swap = |journal: &mut Journal| match swap {
+        Some(swap) => shrink(journal, &swap_file, swap, directory),
         None => Ok(()),
     };
     // At no moment may memory be above memory plus swap: grow the sum first, shrink it last.
     let current: u64 = current.trim().parse().unwrap_or(u64::MAX);
     let grows = swap.is_some_and(|swap| u64::try_from(swap).map_or(true, |swap| swap > current));
     if grows {
-        write_swap()?;
-        write_limit()
+        write_swap(journal)?;
+        write_limit(journal)
     } else {
-        write_limit()?;
-        write_swap()
+        write_limit(journal)?;
+        write_swap(journal)
     }
 }
 
-fn shrink(path: &Path, limit: i64, directory: &Path) -> Result<(), Error> {
-    match file::write(path, &limit.max(-1).to_string()) {
+fn shrink(journal: &mut Journal, path: &Path, limit: i64, directory: &Path) -> Result<(), Error> {
+    match journal.write(path, &limit.max(-1).to_string()) {
         Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
             let usage = file::read(&directory.join("memory.usage_in_bytes"))?;
             Err(Error::BelowUsage {
@@ -136,23 +140,23 @@ fn shrink(path: &Path, limit: i64, directory: &Path) -> Result<(), Error> {
 
 /// A host without the controller is no error: the kubelet sends a limit of 0 for every page size
 /// whether or not the pod asks for huge pages.
-fn hugetlb(cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+fn hugetlb(cgroup: &Cgroup, resources: &Resources, journal: &mut Journal) -> Result<(), Error> {
     let Some(directory) = cgroup.directory("hugetlb") else {
         return match &cgroup.unified {
-            Some(unified) => v2::hugetlb(unified, resources),
+            Some(unified) => v2::hugetlb(unified, resources, journal),
             None => Ok(()),
         };
     };
     for huge in &resources.hugepages {
         let size = v2::page_size(huge)?;
         let limit = huge.limit_bytes.to_string();
-        file::write(
+        journal.write(
             &directory.join(format!("hugetlb.{size}.limit_in_bytes")),
             &limit,
         )?;
         let reserved = directory.join(format!("hugetlb.{size}.rsvd.limit_in_bytes"));
         if reserved.exists() {
-            file::write(&reserved, &limit)?;
+            journal.write(&reserved, &limit)?;
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Limits on cgroup v2.
 
-use super::{Error, file, path};
+use super::{Error, Journal, file, path};
 use crate::container_spec::{HugepageLimit, Resources};
 use std::io;
 use std::path::Path;
@@ -53,11 +53,18 @@ fn missing(control: &Path, available: &[String]) -> Result<String, Error> {
     Ok(missing.join(" "))
 }
 
-pub(super) fn apply(directory: &Path, resources: &Resources) -> Result<(), Error> {
-    cpu(directory, resources)?;
-    memory(directory, resources)?;
+/// `guard`: a memory limit that could only be met by killing is refused.
+pub(super) fn apply(
+    directory: &Path,
+    resources: &Resources,
+    guard: bool,
+    journal: &mut Journal,
+) -> Result<(), Error> {
+    cpu(directory, resources, journal)?;
+    memory(directory, resources, guard, journal)?;
     if let Some(limit) = resources.pids_limit {
         set(
+            journal,
             directory,
             "pids.max",
             &pids(limit),
@@ -71,6 +78,7 @@ pub(super) fn apply(directory: &Path, resources: &Resources) -> Result<(), Error
     ] {
         if !value.is_empty() {
             set(
+                journal,
                 directory,
                 name,
                 value,
@@ -79,7 +87,7 @@ pub(super) fn apply(directory: &Path, resources: &Resources) -> Result<(), Error
             )?;
         }
     }
-    hugetlb(directory, resources)?;
+    hugetlb(directory, resources, journal)?;
     for (key, value) in &resources.unified {
         // A file of this cgroup that a controller made, and nothing that moves processes.
         let good = key.contains('.')
@@ -90,24 +98,27 @@ pub(super) fn apply(directory: &Path, resources: &Resources) -> Result<(), Error
         if !good {
             return Err(Error::BadUnifiedKey { key: key.clone() });
         }
-        file::write(&directory.join(key), value)?;
+        journal.write(&directory.join(key), value)?;
     }
     Ok(())
 }
 
 fn set(
+    journal: &mut Journal,
     directory: &Path,
     name: &str,
     value: &str,
     controller: &'static str,
     what: &'static str,
 ) -> Result<(), Error> {
-    file::write(&directory.join(name), value).map_err(|error| match error {
-        Error::Write { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
-            Error::NoController { controller, what }
-        }
-        other => other,
-    })
+    journal
+        .write(&directory.join(name), value)
+        .map_err(|error| match error {
+            Error::Write { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Error::NoController { controller, what }
+            }
+            other => other,
+        })
 }
 
 /// Zero and below is no limit.
@@ -119,20 +130,39 @@ pub(super) fn pids(limit: i64) -> String {
     }
 }
 
-/// cgroup v1 shares (2 to 262144) as a v2 weight (1 to 10000).
+/// cgroup v1 shares (2 to 262144) as a v2 weight (1 to 10000): a curve through both ends and
+/// through the two defaults, 1024 and 100, so that a container with one CPU's worth of shares
+/// stands to the rest of the host as it did on v1.
 ///
-/// Source: Kubernetes KEP-2254: weight = 1 + ((shares - 2) * 9999) / 262142. runc since 1.3.2
-/// and crun since 1.23 use a curve that keeps 1024 shares at weight 100; containers compete only
-/// with those of their own pod, and among them the line keeps the proportions that were asked for.
+/// Source: the curve that runc since 1.3.2 and crun since 1.23 agree on
+/// (opencontainers/cgroups, ConvertCPUSharesToCgroupV2Value).
 pub(super) fn weight(shares: u64) -> u64 {
-    let shares = shares.clamp(2, 262_144);
-    1 + ((shares - 2) * 9999) / 262_142
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            // Whatever the last bits of a logarithm are, 1024 shares are 100.
+            let weight = (10f64.powf(exponent) - 1e-9).ceil();
+            (weight as u64).clamp(1, 10_000)
+        }
+    }
 }
 
-fn cpu(directory: &Path, resources: &Resources) -> Result<(), Error> {
+/// The shares that a weight stands for, for those who still count in shares.
+pub(super) fn shares(weight: u64) -> u64 {
+    let weight = weight.clamp(1, 10_000) as f64;
+    let exponent = weight.log10() + 7.0 / 34.0;
+    let log = ((125.0f64 * 125.0 + 4.0 * 612.0 * exponent).sqrt() - 125.0) / 2.0;
+    (log.exp2().round() as u64).clamp(2, 262_144)
+}
+
+fn cpu(directory: &Path, resources: &Resources, journal: &mut Journal) -> Result<(), Error> {
     const WHAT: &str = "a share of processor time";
     if let Some(shares) = resources.cpu_shares.filter(|shares| *shares != 0) {
         set(
+            journal,
             directory,
             "cpu.weight",
             &weight(shares).to_string(),
@@ -157,7 +187,7 @@ fn cpu(directory: &Path, resources: &Resources) -> Result<(), Error> {
             )
         }
     };
-    set(directory, "cpu.max", &value, "cpu", WHAT)
+    set(journal, directory, "cpu.max", &value, "cpu", WHAT)
 }
 
 /// A limit as the kernel's files have it: negative is none.
@@ -173,7 +203,12 @@ fn above(memory: i64, swap: i64) -> Result<String, Error> {
     }
 }
 
-fn memory(directory: &Path, resources: &Resources) -> Result<(), Error> {
+fn memory(
+    directory: &Path,
+    resources: &Resources,
+    guard: bool,
+    journal: &mut Journal,
+) -> Result<(), Error> {
     let limit = resources.memory_limit_bytes.filter(|limit| *limit != 0);
     // No word on swap means none, as the other runtimes have it.
     let swap = resources.memory_swap_limit_bytes.filter(|swap| *swap != 0);
@@ -194,10 +229,11 @@ fn memory(directory: &Path, resources: &Resources) -> Result<(), Error> {
         // Without a limit of one of them there is none for the sum.
         (_, Some(_)) => "max".to_owned(),
     };
-    if let Some(limit @ 1..) = limit {
-        // The kernel would kill at once; v1 refuses, and so is it refused here.
-        let usage = file::read_if_there(&directory.join("memory.current"))?;
-        let usage: u64 = usage.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    if let Some(limit @ 1..) = limit
+        && guard
+    {
+        // The kernel would kill at once; v1's refuses, and so is it refused here.
+        let usage = unreclaimable(directory)?;
         let limit = limit.unsigned_abs();
         if usage > limit {
             return Err(Error::BelowUsage {
@@ -210,10 +246,11 @@ fn memory(directory: &Path, resources: &Resources) -> Result<(), Error> {
     // Absent where the kernel has no swap.
     let swap_file = directory.join("memory.swap.max");
     if swap_file.exists() {
-        file::write(&swap_file, &swap)?;
+        journal.write(&swap_file, &swap)?;
     }
     match limit {
         Some(limit) => set(
+            journal,
             directory,
             "memory.max",
             &bytes(limit),
@@ -222,6 +259,19 @@ fn memory(directory: &Path, resources: &Resources) -> Result<(), Error> {
         ),
         None => Ok(()),
     }
+}
+
+/// Memory in use that could not be had back by dropping caches: what v1's kernel would find
+/// when it tries, before it refuses a limit.
+fn unreclaimable(directory: &Path) -> Result<u64, Error> {
+    let current = file::read_if_there(&directory.join("memory.current"))?;
+    let current: u64 = current
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
+    let stat = file::read_if_there(&directory.join("memory.stat"))?.unwrap_or_default();
+    let field = |name| super::stats::field(&stat, name).unwrap_or(0);
+    let droppable = field("active_file") + field("inactive_file") + field("slab_reclaimable");
+    Ok(current.saturating_sub(droppable))
 }
 
 /// The page size, checked because it becomes part of a file's name.
@@ -237,7 +287,11 @@ pub(super) fn page_size(huge: &HugepageLimit) -> Result<&str, Error> {
 }
 
 /// See `v1::hugetlb` on why a missing controller is no error.
-pub(super) fn hugetlb(directory: &Path, resources: &Resources) -> Result<(), Error> {
+pub(super) fn hugetlb(
+    directory: &Path,
+    resources: &Resources,
+    journal: &mut Journal,
+) -> Result<(), Error> {
     for huge in &resources.hugepages {
         let size = page_size(huge)?;
         let limit = huge.limit_bytes.to_string();
@@ -247,7 +301,7 @@ pub(super) fn hugetlb(directory: &Path, resources: &Resources) -> Result<(), Err
         ] {
             let file = directory.join(name);
             if file.exists() {
-                file::write(&file, &limit)?;
+                journal.write(&file, &limit)?;
             }
         }
     }
@@ -256,20 +310,34 @@ pub(super) fn hugetlb(directory: &Path, resources: &Resources) -> Result<(), Err
 
 #[cfg(test)]
 mod tests {
-    use super::weight;
+    use super::{shares, weight};
 
     #[test]
-    fn weights_are_on_the_line() {
+    fn weights_are_on_the_curve() {
         let pairs = [
             (0, 1),
             (2, 1),
-            (1024, 39),
-            (2048, 79),
+            (102, 17),
+            (256, 35),
+            (512, 59),
+            (1024, 100),
+            (2048, 174),
             (262_144, 10_000),
             (u64::MAX, 10_000),
         ];
         for (shares, expected) in pairs {
             assert_eq!(weight(shares), expected, "{shares}");
         }
+    }
+
+    #[test]
+    fn more_shares_are_never_less_weight_and_weights_lead_back() {
+        let mut last = 0;
+        for shares in 2..=262_144 {
+            let now = weight(shares);
+            assert!(now >= last, "{shares}");
+            last = now;
+        }
+        assert_eq!([1, 100, 10_000].map(shares), [2, 1024, 262_144]);
     }
 }

@@ -12,7 +12,6 @@ use crate::pod_spec::{Namespace, PidMode, PodSpec};
 use crate::seccomp::Filter;
 use crate::{cdi, oci, user};
 use berth_store::crash;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -122,13 +121,14 @@ impl Inner {
         stage: &Stage,
     ) -> Result<()> {
         let id = container.id.clone();
+        self.pid_target(container)?;
         stage.enter("snapshot");
         let (me, record) = (self.clone(), container.clone());
         let (identity, cdi) = blocking(move || {
             let cdi = me.cdi(&record)?;
             let image = &record.image.id;
             me.images
-                .prepare(&record.id, image)
+                .prepare(&record.id, image, &Self::volume_images(&record))
                 .map_err(internal(format!(
                     "cannot prepare the file system of container {}",
                     record.id
@@ -175,7 +175,7 @@ impl Inner {
 
     fn planned_cgroup(&self, parent: &str, id: &ContainerId) -> Result<Cgroup> {
         self.cgroups
-            .at(&format!("{parent}/berth-{id}"))
+            .container(parent, id)
             .map_err(invalid(format!("{parent:?} is no cgroup parent")))
     }
 
@@ -231,7 +231,14 @@ impl Inner {
             }
         };
         let files = crate::pod_files::at(&self.run_dir(&pod.id), &pod.spec);
-        let namespaces = self.namespaces(&pod.id, &pod.spec);
+        let mut namespaces = self.namespaces(&pod.id, &pod.spec);
+        if let PidMode::Target(_) = &container.spec.security.pid {
+            // Gone is also a state it may be in by now: its first process says which.
+            let target = self.pid_target(container).ok().flatten();
+            let pid = target.and_then(|target| target.state.pid());
+            let of = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
+            namespaces.pid = Some(PathBuf::from(format!("/proc/{of}/ns/pid")));
+        }
         let input = oci::Input {
             pod_id: &pod.id,
             pod: &pod.spec,
@@ -242,7 +249,7 @@ impl Inner {
             files: &files,
             namespaces: &namespaces,
             cgroup_path: container.cgroup.as_ref().map_or("", Cgroup::path),
-            image_volumes: &BTreeMap::new(),
+            image_volumes: &self.image_volumes(container),
             defaults: &self.settings.defaults,
         };
         let mut built = oci::build(&input).map_err(invalid(format!(
@@ -263,7 +270,7 @@ impl Inner {
             ipc: (spec.namespaces.ipc == Namespace::Pod).then(|| held("ipc")),
             uts: own_net.then(|| held("uts")),
             pid: (spec.namespaces.pid == PidMode::Pod).then(|| held("pid")),
-            user: None,
+            user: spec.namespaces.user.as_ref().map(|_| held("user")),
         }
     }
 

@@ -10,6 +10,7 @@ mod create_container;
 mod exec;
 mod mounts;
 mod exec_session;
+mod logs;
 mod network_gc;
 mod pending;
 mod pod_network;
@@ -43,6 +44,7 @@ use tokio::sync::mpsc;
 
 pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
 pub use exec::ExecOutput;
+pub use logs::{LogPolicy, LogTotals, OnFull};
 pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
 pub use pending::PendingInfo;
 pub use pod_network::PodNetwork;
@@ -151,6 +153,8 @@ pub struct Settings {
     pub monitor: PathBuf,
     /// Longest log line in bytes before it is split.
     pub log_line_bytes: u32,
+    /// How much containers may log.
+    pub log_policy: LogPolicy,
     /// What containers get that ask for nothing else.
     pub defaults: oci::Defaults,
     /// Directories of CDI files, the least important first.
@@ -181,6 +185,7 @@ struct Inner {
     images: Arc<dyn Images>,
     seccomp: seccomp::Compiler,
     pending: pending::Pending,
+    log_book: logs::LogBook,
     user_namespaces: UserNamespaces,
     /// Why pods cannot have user namespaces here; `None` when they can.
     user_namespaces_missing: Option<String>,
@@ -235,6 +240,7 @@ impl Sandboxes {
                     SandboxError::caused(Kind::Internal, "no seccomp, no containers", error)
                 })?,
                 pending: pending::Pending::default(),
+                log_book: logs::LogBook::default(),
                 user_namespaces,
                 user_namespaces_missing,
                 rates: crate::stats::Rates::default(),
@@ -280,27 +286,6 @@ impl Sandboxes {
     /// Why pods cannot have user namespaces on this node; `None` when they can.
     pub fn user_namespaces_missing(&self) -> Option<&str> {
         self.0.user_namespaces_missing.as_deref()
-    }
-
-    /// Opens a container's log file again; lines go to the new one when this returns.
-    ///
-    /// # Errors
-    /// `ContainerNotFound`, `WrongState` when it does not run, or the file cannot be opened.
-    pub async fn reopen_log(&self, id: &str) -> Result<()> {
-        let container = self.0.container(id)?;
-        if !container.state.is_live() {
-            let text = format!("container {} does not run", container.id);
-            return Err(SandboxError::new(Kind::WrongState, text));
-        }
-        let body =
-            berth_proto::monitor_v1::request::Body::ReopenLog(berth_proto::monitor_v1::ReopenLog {
-                container_id: container.id.to_string(),
-            });
-        let monitor = self.0.monitor(&container.pod)?;
-        monitor.tell(body, Vec::new()).await.map_err(|error| {
-            let text = format!("cannot reopen the log of container {}", container.id);
-            SandboxError::caused(Kind::Internal, text, error)
-        })
     }
 }
 
@@ -388,6 +373,15 @@ async fn blocking<T: Send + 'static>(
                 panic,
             ))
         })
+}
+
+/// Runs work to its end, also when the caller hangs up.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work)
+        .await
+        .map_err(internal("the work broke off"))
 }
 
 /// Nanoseconds since 1970.

@@ -1,16 +1,17 @@
 //! StartContainer: intent, plan, launch, running.
 
+use super::scope::Held;
 use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
 use crate::id::ContainerId;
 use crate::launch::{self, Extra};
 use crate::monitor::MonitorError;
+use crate::oci;
 use crate::operation::{Stage, lock};
 use crate::pod_spec::{Namespace, PidMode};
 use berth_proto::monitor_v1::{self, reply, request};
 use berth_store::crash;
-use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -99,7 +100,8 @@ impl Inner {
         stage.enter("plan");
         let monitor = self.monitor(&container.pod)?;
         let (me, record) = (self.clone(), container.clone());
-        let (message, fds) = blocking(move || me.plan(&record)).await?;
+        // Held until the answer is here: then init is in the scope.
+        let (message, fds, _held) = blocking(move || me.plan(&record)).await?;
         crash::point("start_container.planned");
         stage.enter("launch");
         self.begin_launch(&container.id).await?;
@@ -166,16 +168,23 @@ impl Inner {
         .await
     }
 
-    fn plan(&self, container: &ContainerRecord) -> Result<(monitor_v1::Launch, Vec<OwnedFd>)> {
+    fn plan(
+        &self,
+        container: &ContainerRecord,
+    ) -> Result<(monitor_v1::Launch, Vec<OwnedFd>, Held)> {
         let view = self.objects.view();
         let pod = view.pod(container.pod.as_str());
         let pod = pod.ok_or_else(|| SandboxError::no_pod(container.pod.as_str()))?;
         let (spec, raw_env) = self.runtime_spec(container)?;
         let seccomp = self.seccomp_filter(container, &spec)?;
-        let rootfs = self.images.mount(&container.id).map_err(internal(format!(
-            "cannot mount the file system of container {}",
-            container.id
-        )))?;
+        let rootfs = self.rootfs(&pod.spec, container)?;
+        let prepared = self.mounted_images(&pod.spec, container)?;
+        let user_namespaces = launch::mappings(&spec)
+            .iter()
+            .chain(super::mounts::pod_mapping(&pod.spec).iter())
+            .map(|mapping| self.mapped(mapping))
+            .collect::<Result<_>>()?;
+        let target = self.pid_target(container)?;
         if let Some(dir) = container
             .log_path
             .parent()
@@ -192,6 +201,8 @@ impl Inner {
                 format!("container {} has no cgroup", container.id),
             )
         })?;
+        // Last of what may fail: from here on it costs the kernel something.
+        let held = self.hold_scope(container, &oci::device_rules(&spec))?;
         let namespaces = &pod.spec.namespaces;
         let own_net = namespaces.network == Namespace::Pod;
         let (program, flags) = seccomp
@@ -214,10 +225,10 @@ impl Inner {
                 join_uts: own_net,
                 join_ipc: namespaces.ipc == Namespace::Pod,
                 join_pid: container.spec.security.pid == PidMode::Pod,
-                join_user: false,
-                target_container_id: String::new(),
-                user_namespace: None,
-                prepared: BTreeMap::new(),
+                join_user: namespaces.user.is_some(),
+                target_container_id: target.map_or(String::new(), |target| target.id.to_string()),
+                user_namespaces,
+                prepared,
             },
         );
         let (mut message, fds) = planned.map_err(internal(format!(
@@ -227,7 +238,8 @@ impl Inner {
         if let Some(process) = &mut message.process {
             process.seccomp_flags = flags;
         }
-        Ok((message, fds))
+        message.log_policy = Some(self.settings.log_policy.for_monitor());
+        Ok((message, fds, held))
     }
 }
 
