@@ -48,8 +48,11 @@ pub async fn serve(listener: TcpListener, daemon: Arc<Daemon>) {
         tokio::spawn(async move {
             let _permit = permit;
             let service = service_fn(move |request: Request<Incoming>| {
-                let answer = answer(&daemon, request.method(), request.uri().path());
-                async move { Ok::<_, Infallible>(answer) }
+                let daemon = daemon.clone();
+                async move {
+                    let answer = answer(&daemon, request.method(), request.uri().path()).await;
+                    Ok::<_, Infallible>(answer)
+                }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -62,16 +65,19 @@ pub async fn serve(listener: TcpListener, daemon: Arc<Daemon>) {
     }
 }
 
-fn answer(daemon: &Daemon, method: &Method, path: &str) -> Response<String> {
+async fn answer(daemon: &Daemon, method: &Method, path: &str) -> Response<String> {
     let (status, kind, body) = match (method, path) {
-        (&Method::GET, "/metrics") => match daemon.metrics.render(&daemon.sandboxes.view()) {
-            Ok(text) => (StatusCode::OK, "text/plain; version=0.0.4", text),
-            Err(error) => (
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "text/plain",
-                error.to_string(),
-            ),
-        },
+        (&Method::GET, "/metrics") => {
+            daemon.metrics.logs(&daemon.sandboxes.log_totals().await);
+            match daemon.metrics.render(&daemon.sandboxes.view()) {
+                Ok(text) => (StatusCode::OK, "text/plain; version=0.0.4", text),
+                Err(error) => (
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "text/plain",
+                    error.to_string(),
+                ),
+            }
+        }
         (_, "/metrics") => (
             StatusCode::METHOD_NOT_ALLOWED,
             "text/plain",

@@ -2,7 +2,7 @@
 //! Containers are no part of it: they stay when the daemon goes.
 
 use crate::admin::Admin;
-use crate::config::{self, Config, ConfigError, Layout, Overrides, Places};
+use crate::config::{self, Config, ConfigError, Layout, LogsOnFull, Overrides, Places};
 use crate::convert::NodeFacts;
 use crate::daemon::Daemon;
 use crate::image_source::ImageSource;
@@ -18,7 +18,7 @@ use berth_proto::admin_v1::admin_server::AdminServer;
 use berth_proto::runtime_v1::image_service_server::ImageServiceServer;
 use berth_proto::runtime_v1::runtime_service_server::RuntimeServiceServer;
 use berth_sandbox::container_spec::SeccompProfile;
-use berth_sandbox::service::{Sandboxes, Settings};
+use berth_sandbox::service::{LogPolicy, OnFull, Sandboxes, Settings};
 use berth_sandbox::{cgroup, oci};
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -231,6 +231,14 @@ async fn open(
         run: places.run.clone(),
         monitor: monitor_program(&config.monitor.path).ok_or(ServeError::NoMonitor)?,
         log_line_bytes: config.runtime.log_line_bytes,
+        log_policy: LogPolicy {
+            on_full: match config.logs.on_full {
+                LogsOnFull::Block => OnFull::Block,
+                LogsOnFull::Drop => OnFull::Drop,
+            },
+            bytes_per_second: config.logs.bytes_per_second,
+            file_bytes: config.logs.file_bytes,
+        },
         defaults: defaults.within_host_limits(),
         cdi_dirs: config.runtime.cdi_spec_dirs.clone(),
         host_resolv_conf: PathBuf::from("/etc/resolv.conf"),

@@ -13,7 +13,9 @@ mod streaming;
 
 pub use layout::{Layout, Overrides, Places};
 pub use sections::Config;
-pub use setting::{CgroupDriver, DefaultNetwork, LogFormat, LogLevel, PrimaryFamily, UnsetSeccomp};
+pub use setting::{
+    CgroupDriver, DefaultNetwork, LogFormat, LogLevel, LogsOnFull, PrimaryFamily, UnsetSeccomp,
+};
 
 use sections::Refusal;
 use std::fmt::Write as _;

@@ -2,7 +2,8 @@
 //! one source of the structs, the defaults, the parser and the printed file.
 
 use super::setting::{
-    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
+    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, LogsOnFull, PrimaryFamily,
+    Setting, TlsVersion, UnsetSeccomp,
 };
 use std::path::PathBuf;
 use toml::de::DeValue;
@@ -243,6 +244,18 @@ sections! {
         /// Longest piece of output in one line of a container's log; longer lines are split and
         /// marked P. Unit: bytes, 256 to 1048576.
         log_line_bytes: u32 = 16_384;
+    }
+
+    /// Containers' logs. Applies to containers started after a change.
+    logs: Logs {
+        /// What happens when a log cannot be written, because its disk is full or slow or a budget
+        /// below is used up: "block" makes the container wait once its pipe is full and loses no
+        /// line, "drop" drops lines, counts them, and says so in the log.
+        on_full: LogsOnFull = LogsOnFull::Block;
+        /// Output of one container on average. Unit: bytes a second. 0: no bound.
+        bytes_per_second: u64 = 0;
+        /// Size of a container's log file until the kubelet rotates it. Unit: bytes. 0: no bound.
+        file_bytes: u64 = 0;
     }
 
     /// The daemon's own log, on standard error.

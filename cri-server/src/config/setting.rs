@@ -225,6 +225,16 @@ words! {
 }
 
 words! {
+    /// What is done when a container's log cannot be written.
+    LogsOnFull {
+        /// The container waits.
+        Block = "block",
+        /// Lines are dropped and counted.
+        Drop = "drop",
+    }
+}
+
+words! {
     /// What a container whose request names no seccomp profile gets.
     UnsetSeccomp {
         /// No filter.

@@ -160,6 +160,7 @@ impl Monitor {
             finished_at: end.finished_at,
             oom_kills: end.oom_kills,
             unrecorded,
+            log: Some(Counts::read(&container.log_page).into_proto()),
         };
         container.phase = Phase::Ended(exited.clone());
         container.console = None;

@@ -282,6 +282,7 @@ pub(super) async fn container_exited(inner: &Arc<Inner>, exited: &monitor_v1::Ex
     let Ok(id) = exited.container_id.parse::<ContainerId>() else {
         return;
     };
+    inner.log_ended(exited);
     // The answer to its start may still be on the way.
     inner.launched(&id).await;
     match inner.container_event(&id, exit_event(exited)).await {
