@@ -6,11 +6,14 @@ use berth_image_service::image::Image;
 use berth_image_service::progress::Progress;
 use berth_image_service::pull::PullError;
 use berth_image_service::service::{ImageService, Pulled};
+use berth_image_service::snapshot::{IdMap, IdRange};
 use berth_image_service::usage::FsUsage;
 use berth_proto::admin_v1 as admin;
 use berth_sandbox::ContainerId;
 use berth_sandbox::image::{ContainerImage, ImageConfig};
+use berth_sandbox::pod_spec::IdMapping;
 use berth_sandbox::service::{ImageError, Images};
+use berth_sandbox::user_namespace::Mapped;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -215,13 +218,53 @@ impl ImageSource {
     }
 }
 
+/// `sandbox`'s mapping in the image service's terms.
+fn id_map(owners: &Mapped) -> IdMap {
+    let range = |range: &IdMapping| IdRange {
+        inside: range.container_id,
+        outside: range.host_id,
+        length: range.length,
+    };
+    IdMap {
+        user_namespace: owners.namespace.clone(),
+        uids: owners.mapping.uids.iter().map(range).collect(),
+        gids: owners.mapping.gids.iter().map(range).collect(),
+    }
+}
+
 impl Images for ImageSource {
-    fn prepare(&self, container: &ContainerId, image_id: &str) -> Result<(), ImageError> {
-        Ok(self.service.prepare(container.as_str(), image_id)?)
+    fn prepare(
+        &self,
+        container: &ContainerId,
+        image_id: &str,
+        volumes: &[String],
+    ) -> Result<(), ImageError> {
+        let service = &self.service;
+        Ok(service.prepare_with_volumes(container.as_str(), image_id, volumes)?)
     }
 
-    fn mount(&self, container: &ContainerId) -> Result<OwnedFd, ImageError> {
-        Ok(self.service.mount_rootfs(container.as_str())?)
+    fn mount(
+        &self,
+        container: &ContainerId,
+        owners: Option<&Mapped>,
+    ) -> Result<OwnedFd, ImageError> {
+        let id = container.as_str();
+        Ok(match owners {
+            None => self.service.mount_rootfs(id)?,
+            Some(owners) => self.service.mount_rootfs_mapped(id, &id_map(owners))?,
+        })
+    }
+
+    fn mount_volume(
+        &self,
+        container: &ContainerId,
+        image_id: &str,
+        sub_path: &str,
+        owners: Option<&Mapped>,
+    ) -> Result<OwnedFd, ImageError> {
+        let (id, map) = (container.as_str(), owners.map(id_map));
+        let service = &self.service;
+        Ok(service.mount_volume(id, image_id, sub_path, map.as_ref())?)
     }
 
     fn read_file(

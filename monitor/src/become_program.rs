@@ -109,19 +109,38 @@ pub fn enter_cgroups(tasks_files: &[String]) -> Result<(), Failed> {
     Ok(())
 }
 
+/// What only the host's own root may do, so before a user namespace is joined:
+/// the OOM score, hard limits that are to be higher, owners of the streams.
+pub fn before_user_namespace<'a>(
+    wanted: &Process,
+    streams: impl IntoIterator<Item = &'a OwnedFd>,
+) -> Result<(), Failed> {
+    let this = crate::beneath::proc_dir("/proc/self").step("open", "/proc/self")?;
+    set_oom_score(&this, wanted.oom_score_adj.unwrap_or(0))?;
+    for limit in &wanted.rlimits {
+        let name = || format!("limit {}", limit.resource);
+        let (soft, hard) = process::limit(limit.resource).step("set limit", name())?;
+        if hard < limit.hard {
+            // Without CAP_SYS_RESOURCE there is no way; `set_limits` does what it can.
+            let _ = process::set_limit(limit.resource, soft, limit.hard);
+        }
+    }
+    give_streams(wanted, streams);
+    Ok(())
+}
+
 /// The user a program is to run as needs to own its streams, so that it can
 /// open /dev/stdout again. What is no pipe is left alone.
-pub fn give_stdio(wanted: &Process) {
-    for number in [
-        rustix::stdio::stdin(),
-        rustix::stdio::stdout(),
-        rustix::stdio::stderr(),
-    ] {
-        let is_fifo = rustix::fs::fstat(number)
+pub fn give_streams<'a>(wanted: &Process, streams: impl IntoIterator<Item = &'a OwnedFd>) {
+    let owner = wanted
+        .stream_owner
+        .map_or((wanted.uid, wanted.gid), |owner| (owner.uid, owner.gid));
+    for stream in streams {
+        let is_fifo = rustix::fs::fstat(stream)
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
         if is_fifo {
-            let owner = (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid));
-            let _ = rustix::fs::fchown(number, Some(owner.0), Some(owner.1));
+            let (uid, gid) = (Uid::from_raw(owner.0), Gid::from_raw(owner.1));
+            let _ = rustix::fs::fchown(stream, Some(uid), Some(gid));
         }
     }
 }

@@ -66,6 +66,7 @@ impl Exec<'_> {
             become_program::enter_cgroups(&cgroup.tasks_files)?;
         }
         let prepared = become_program::prepare(wanted)?;
+        become_program::before_user_namespace(wanted, self.fds)?;
 
         let mut namespaces =
             flag::NEWNS | flag::NEWNET | flag::NEWIPC | flag::NEWUTS | flag::NEWCGROUP;
@@ -102,7 +103,6 @@ impl Exec<'_> {
             stream(exec.stderr_fd, "stderr")?,
         ];
         init::install_streams(root, streams)?;
-        become_program::give_stdio(wanted);
         Ok((wanted, prepared))
     }
 }

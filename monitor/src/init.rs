@@ -88,6 +88,7 @@ impl Init<'_> {
             become_program::enter_cgroups(&cgroup.tasks_files)?;
         }
         let prepared = become_program::prepare(wanted)?;
+        self.before_user_namespace()?;
         self.join_pod()?;
         write_sysctls(
             &launch.sysctls,
@@ -123,9 +124,15 @@ impl Init<'_> {
             become_program::install_terminal(wanted, &slave)?;
         } else {
             install_streams(root, self.streams)?;
-            become_program::give_stdio(wanted);
         }
         Ok(prepared)
+    }
+
+    /// What has to be done before the pod's user namespace is joined; again after
+    /// that it does nothing.
+    pub fn before_user_namespace(&self) -> Result<(), Failed> {
+        let streams = self.streams.iter().copied().flatten();
+        become_program::before_user_namespace(wanted(self.launch), streams)
     }
 
     fn join_pod(&self) -> Result<(), Failed> {

@@ -69,6 +69,9 @@ pub struct MountRequest {
     /// Absolute path on the host; empty when `image` is given.
     pub host_path: PathBuf,
     pub image: Option<ImageRequest>,
+    /// The ID of `image` on this node; empty without one.
+    #[serde(default)]
+    pub image_id: String,
     pub image_sub_path: String,
     pub readonly: bool,
     pub recursive_readonly: bool,

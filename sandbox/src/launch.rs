@@ -19,9 +19,12 @@
 
 mod bind;
 mod cgroup;
+mod devices;
 mod options;
 
 use crate::oci::{Rlimit, capability_set};
+use crate::pod_spec::IdMapping;
+use crate::user_namespace::{Mapped, Mapping};
 use berth_proto::monitor_v1::{self as proto, MountStep};
 use berth_sys::Errno;
 use berth_sys::mount::{self, Change};
@@ -131,8 +134,16 @@ pub enum LaunchError {
         /// The option.
         option: String,
     },
+    /// A device node could not be made or found.
+    #[error("cannot give the container the device {path}")]
+    Device {
+        /// In the container.
+        path: PathBuf,
+        /// What the kernel said.
+        source: Errno,
+    },
     /// Owners are to be mapped, and there is no user namespace to map them with.
-    #[error("the mount at {target} maps owners, and the pod has no user namespace")]
+    #[error("the mount at {target} maps owners, and no user namespace was made for that")]
     NoUserNamespace {
         /// In the container.
         target: PathBuf,
@@ -199,8 +210,9 @@ pub struct Extra {
     pub join_user: bool,
     /// Join the PID namespace of this container instead; empty for none.
     pub target_container_id: String,
-    /// The pod's user namespace, for mounts that map owners.
-    pub user_namespace: Option<OwnedFd>,
+    /// User namespaces for the mounts that map owners, by their maps: see
+    /// [`mappings`].
+    pub user_namespaces: Vec<Mapped>,
     /// Detached mounts to be used instead of the source of the bind mount at
     /// that target: image volumes.
     pub prepared: BTreeMap<PathBuf, OwnedFd>,
@@ -247,7 +259,8 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         cgroup: extra.cgroup,
         cgroup_path: linux.cgroups_path().clone().unwrap_or_default(),
         own_cgroup_namespace: own(LinuxNamespaceType::Cgroup),
-        user_namespace: extra.user_namespace,
+        user_namespaces: extra.user_namespaces,
+        mapping: mapping(linux.uid_mappings(), linux.gid_mappings()),
         prepared: extra.prepared,
         passes_on: false,
     };
@@ -255,9 +268,6 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let parsed: Vec<Options> = mounts.iter().map(Options::parse).collect();
     planner.passes_on = parsed.iter().any(Options::shares);
-    for (mount, options) in mounts.iter().zip(&parsed) {
-        planner.mount(mount, options)?;
-    }
 
     // Nodes and links are never made in what belongs to the host.
     let of_the_host = |path: &Path| {
@@ -272,6 +282,16 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         .iter()
         .flatten()
         .filter(|d| !of_the_host(d.path()));
+    let mut devices: Vec<_> = devices.map(device).collect::<Result<_, _>>()?;
+    for (mount, options) in mounts.iter().zip(&parsed) {
+        planner.mount(mount, options, &mut devices)?;
+    }
+    if planner.mapping.is_some() {
+        let fifo = |node: &proto::DeviceNode| node.kind == FileType::Fifo.as_raw_mode();
+        let (fifos, nodes) = devices.into_iter().partition(fifo);
+        devices = fifos;
+        planner.bind_nodes(nodes)?;
+    }
     let links = LINKS
         .iter()
         .filter(|(path, _)| !of_the_host(Path::new(path)));
@@ -295,7 +315,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         rootfs_fd,
         rootfs_readonly: root.readonly().unwrap_or(false),
         mounts: planner.steps,
-        devices: devices.map(device).collect::<Result<_, _>>()?,
+        devices,
         symlinks: links
             .map(|&(path, target)| proto::Symlink {
                 path: path.into(),
@@ -376,6 +396,50 @@ pub fn process(
         tty: process.terminal().unwrap_or(false),
         tty_width: cells(size.width()),
         tty_height: cells(size.height()),
+        stream_owner: stream_owner(spec, user),
+    })
+}
+
+/// The mappings that the mounts of a spec name, each once, for
+/// [`Extra::user_namespaces`].
+pub fn mappings(spec: &Spec) -> Vec<Mapping> {
+    let mounts = spec.mounts().iter().flatten();
+    let mut all: Vec<_> = mounts
+        .filter_map(|mount| mapping(mount.uid_mappings(), mount.gid_mappings()))
+        .collect();
+    all.sort();
+    all.dedup();
+    all
+}
+
+/// `None` where neither is given.
+fn mapping(
+    uids: &Option<Vec<oci::LinuxIdMapping>>,
+    gids: &Option<Vec<oci::LinuxIdMapping>>,
+) -> Option<Mapping> {
+    let ranges = |given: &Option<Vec<oci::LinuxIdMapping>>| {
+        let each = given.iter().flatten();
+        each.map(|range| IdMapping {
+            container_id: range.container_id(),
+            host_id: range.host_id(),
+            length: range.size(),
+        })
+        .collect::<Vec<_>>()
+    };
+    let mapping = Mapping {
+        uids: ranges(uids),
+        gids: ranges(gids),
+    };
+    (!mapping.uids.is_empty() || !mapping.gids.is_empty()).then_some(mapping)
+}
+
+/// What the process's IDs are on the host.
+fn stream_owner(spec: &Spec, user: &oci::User) -> Option<proto::Owner> {
+    let linux = spec.linux().as_ref()?;
+    let mapping = mapping(linux.uid_mappings(), linux.gid_mappings())?;
+    Some(proto::Owner {
+        uid: mapping.uid(user.uid())?,
+        gid: mapping.gid(user.gid())?,
     })
 }
 
@@ -453,7 +517,9 @@ struct Planner {
     /// The container's cgroup below the hierarchies' mount points.
     cgroup_path: PathBuf,
     own_cgroup_namespace: bool,
-    user_namespace: Option<OwnedFd>,
+    user_namespaces: Vec<Mapped>,
+    /// The pod's own, where it has a user namespace.
+    mapping: Option<Mapping>,
     prepared: BTreeMap<PathBuf, OwnedFd>,
     /// Whether a mount of this container passes mounts on to the host: what is
     /// attached below it then becomes shared, and has to be told again.
@@ -461,7 +527,12 @@ struct Planner {
 }
 
 impl Planner {
-    fn mount(&mut self, mount: &oci::Mount, options: &Options) -> Result<(), LaunchError> {
+    fn mount(
+        &mut self,
+        mount: &oci::Mount,
+        options: &Options,
+        devices: &mut Vec<proto::DeviceNode>,
+    ) -> Result<(), LaunchError> {
         let typ = mount.typ().as_deref().unwrap_or_default();
         match (options.bind, typ) {
             (Some(recursive), _) => self.bind(mount, options, recursive),
@@ -469,6 +540,12 @@ impl Planner {
                 part: "type of a mount",
             }),
             (None, "cgroup") => self.cgroup(mount, options),
+            (None, "tmpfs") if mount.destination() == Path::new("/dev") => {
+                match self.mapping.clone() {
+                    Some(mapping) => self.dev(mount, options, &mapping, devices),
+                    None => self.file_system(mount, options, typ),
+                }
+            }
             (None, _) => self.file_system(mount, options, typ),
         }
     }

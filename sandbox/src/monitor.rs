@@ -153,6 +153,24 @@ impl Program {
             held,
         })
     }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A call of it: no environment, "/" as its directory. Neither a hook between
+    /// fork and exec nor a shared environment: this is a posix_spawn.
+    pub fn command(&self) -> std::process::Command {
+        // The descriptor's number is read before it is closed on exec.
+        let path = format!("/proc/self/fd/{}", self.held.as_raw_fd());
+        let mut command = std::process::Command::new(path);
+        command
+            .arg0("berth-monitor")
+            .env_clear()
+            .current_dir("/");
+        command
+    }
 }
 
 /// Binds the socket `dir`/monitor.sock and starts the monitor of a pod on it.
@@ -180,10 +198,8 @@ pub fn spawn(
         .append(true)
         .open(dir.join("monitor.log"))
         .map_err(refuse)?;
-    // Neither a hook between fork and exec nor a shared environment: this is a
-    // posix_spawn. The descriptor's number is read before it is closed on exec.
-    let child = std::process::Command::new(format!("/proc/self/fd/{}", program.held.as_raw_fd()))
-        .arg0("berth-monitor")
+    let child = program
+        .command()
         .args([
             "--pod",
             pod,
@@ -192,8 +208,6 @@ pub fn spawn(
             "--line-bytes",
             &line_bytes.to_string(),
         ])
-        .env_clear()
-        .current_dir("/")
         .stdin(listener)
         .stdout(std::process::Stdio::null())
         .stderr(log)

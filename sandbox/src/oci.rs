@@ -20,6 +20,7 @@ mod devices;
 mod mounts;
 mod process;
 
+pub(crate) use mounts::target as mount_target;
 pub(crate) use process::capability_set;
 
 use crate::capability::{CapSet, UnknownCapability};

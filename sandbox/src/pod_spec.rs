@@ -124,7 +124,7 @@ pub struct UserNamespace {
     pub gids: Vec<IdMapping>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct IdMapping {
     pub container_id: u32,
     pub host_id: u32,

@@ -70,6 +70,8 @@ pub fn mount(field: &Field<'_>, given: &cri::Mount) -> Result<MountRequest> {
         image: image
             .map(|image| image::request(&field.at("image"), image))
             .transpose()?,
+        // Whoever has the images finds it.
+        image_id: String::new(),
         image_sub_path: given.image_sub_path.clone(),
         readonly: given.readonly,
         recursive_readonly: given.recursive_read_only,
@@ -100,7 +102,10 @@ pub fn to_cri(mount: &MountRequest) -> cri::Mount {
         uid_mappings: mappings(&mount.uid_mappings),
         gid_mappings: mappings(&mount.gid_mappings),
         recursive_read_only: mount.recursive_readonly,
-        image: mount.image.as_ref().map(image::to_cri),
+        image: mount.image.as_ref().map(|request| cri::ImageSpec {
+            image_ref: mount.image_id.clone(),
+            ..image::to_cri(request)
+        }),
         image_sub_path: mount.image_sub_path.clone(),
         mount_options: mount.options.clone(),
     }

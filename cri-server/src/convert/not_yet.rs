@@ -4,7 +4,7 @@
 use super::NodeFacts;
 use super::field::{Field, Result};
 use berth_sandbox::container_spec::{AppArmorProfile, ContainerSpec};
-use berth_sandbox::pod_spec::{PidMode, PodSpec};
+use berth_sandbox::pod_spec::PodSpec;
 
 const CONFIG: Field<'static> = Field::root("config");
 
@@ -12,12 +12,6 @@ const CONFIG: Field<'static> = Field::root("config");
 pub fn check_pod(spec: &PodSpec, node: &NodeFacts) -> Result<()> {
     let linux = CONFIG.at("linux");
     let context = linux.at("security_context");
-    if spec.namespaces.user.is_some() {
-        return Err(context
-            .at("namespace_options")
-            .at("userns_options")
-            .unsupported("user namespaces are not supported yet"));
-    }
     if spec.security.selinux.is_some() && node.selinux {
         return Err(context
             .at("selinux_options")
@@ -31,12 +25,6 @@ pub fn check_container(spec: &ContainerSpec, node: &NodeFacts) -> Result<()> {
     let linux = CONFIG.at("linux");
     let context = linux.at("security_context");
     let security = &spec.security;
-    if let PidMode::Target(_) = security.pid {
-        return Err(context
-            .at("namespace_options")
-            .at("pid")
-            .unsupported("the PID namespace of another container (TARGET) is not supported yet"));
-    }
     // Where a node has no SELinux, a label has no meaning and manifests that carry one must run.
     if security.selinux.is_some() && node.selinux {
         return Err(context
@@ -59,16 +47,6 @@ pub fn check_container(spec: &ContainerSpec, node: &NodeFacts) -> Result<()> {
     let mounts = CONFIG.at("mounts");
     for (i, mount) in spec.mounts.iter().enumerate() {
         let field = mounts.index(i);
-        if mount.image.is_some() {
-            return Err(field
-                .at("image")
-                .unsupported("image volumes are not supported yet"));
-        }
-        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-            return Err(field
-                .at("uidMappings")
-                .unsupported("ID-mapped mounts are not supported yet"));
-        }
         if mount.selinux_relabel && node.selinux {
             return Err(field
                 .at("selinux_relabel")

@@ -93,6 +93,12 @@ fn pod_namespaces(
             .at("pid")
             .invalid("TARGET is for containers, not for a pod"));
     }
+    if parsed.user.is_some() && parsed.pid == berth_sandbox::pod_spec::PidMode::Node {
+        // The host's /proc could not be mounted, and would show what the pod may not see.
+        return Err(field
+            .at("pid")
+            .invalid("NODE is not possible in a user namespace"));
+    }
     Ok(PodNamespaces {
         network: parsed.network,
         ipc: parsed.ipc,

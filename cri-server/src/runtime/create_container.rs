@@ -15,19 +15,25 @@ pub async fn create_container(
     request: cri::CreateContainerRequest,
 ) -> Result<cri::CreateContainerResponse, Status> {
     let pod = find::pod_record(&daemon.sandboxes.view(), &request.pod_sandbox_id)?;
-    let spec = convert::container_spec(request.config.as_ref(), &pod.spec, &daemon.facts)?;
+    let mut spec = convert::container_spec(request.config.as_ref(), &pod.spec, &daemon.facts)?;
     let given = request
         .config
         .as_ref()
         .and_then(|config| config.image.as_ref());
     let config = Field::root("config");
     let name = image::name(&config.at("image"), given)?;
-    let image = daemon.images.container_image(name).ok_or_else(|| {
-        Status::not_found(format!(
-            "image {} is not on this node",
-            convert::field::Quoted(name)
-        ))
-    })?;
+    let find = |name: &str| {
+        daemon.images.container_image(name).ok_or_else(|| {
+            let name = convert::field::Quoted(name);
+            Status::not_found(format!("image {name} is not on this node"))
+        })
+    };
+    let image = find(name)?;
+    for mount in &mut spec.mounts {
+        if let Some(wanted) = &mount.image {
+            mount.image_id = find(&wanted.image)?.id;
+        }
+    }
     let id = daemon
         .sandboxes
         .create_container(pod.id.as_str(), spec, image)

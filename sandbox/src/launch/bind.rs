@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 /// PROC_SUPER_MAGIC. Source: linux/magic.h.
 const PROC_MAGIC: u64 = 0x9fa0;
@@ -55,17 +56,12 @@ impl Planner {
                 bound.detach(recursive)?
             }
         };
-        let user_namespace = match (options.idmap, &self.user_namespace) {
-            (None, _) => None,
-            (Some(_), Some(namespace)) => Some(namespace),
-            (Some(_), None) => {
-                return Err(LaunchError::NoUserNamespace {
-                    target: target.clone(),
-                });
-            }
+        let user_namespace = match options.idmap {
+            None => None,
+            Some(_) => Some(self.user_namespace(mount)?),
         };
         let file = fd.is_file()?;
-        fd.change(options, file, user_namespace)?;
+        fd.change(options, file, user_namespace.as_deref())?;
         let propagation = if self.passes_on {
             options.propagation_bits()
         } else {
@@ -80,6 +76,19 @@ impl Planner {
             ..MountStep::default()
         });
         Ok(())
+    }
+
+    /// One with the mount's own maps, or the pod's where it has none.
+    fn user_namespace(&self, mount: &Mount) -> Result<Arc<OwnedFd>, LaunchError> {
+        let own = super::mapping(mount.uid_mappings(), mount.gid_mappings());
+        let wanted = own.as_ref().or(self.mapping.as_ref());
+        let mut known = self.user_namespaces.iter();
+        let found = known.find(|mapped| Some(&mapped.mapping) == wanted);
+        found
+            .map(|mapped| mapped.namespace.clone())
+            .ok_or_else(|| LaunchError::NoUserNamespace {
+                target: mount.destination().clone(),
+            })
     }
 
     /// Binds the directory `path` of the host at `target`, with `options`.
@@ -181,8 +190,12 @@ impl Bound<'_> {
                 idmap: Some(namespace.as_fd()),
                 ..Change::default()
             };
-            mount::set_attr(&self.fd, change, below)
-                .map_err(|e| self.failed("map the owners of", e))?;
+            let mapped = match mount::set_attr(&self.fd, change, below) {
+                // Something mounted below cannot be mapped: then it shows the owners it has.
+                Err(Errno::INVAL) if below => mount::set_attr(&self.fd, change, false),
+                other => other,
+            };
+            mapped.map_err(|e| self.failed("map the owners of", e))?;
         }
         Ok(())
     }

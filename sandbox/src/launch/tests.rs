@@ -44,7 +44,7 @@ fn extra() -> Extra {
         join_pid: false,
         join_user: false,
         target_container_id: String::new(),
-        user_namespace: None,
+        user_namespaces: Vec::new(),
         prepared: BTreeMap::new(),
     }
 }

@@ -103,7 +103,7 @@ fn file_systems(input: &Input<'_>) -> Vec<Mount> {
             "/sys",
             "bind",
             "/sys",
-            &guarded(&["rbind", "rslave", recursive]),
+            &guarded(&["rbind", "rprivate", recursive]),
         )
     } else {
         mount("/sys", "sysfs", "sysfs", &guarded(&[write]))
@@ -165,7 +165,7 @@ fn pod_files(input: &Input<'_>) -> Vec<Mount> {
 }
 
 /// `path` without ".", ".." and double slashes, as a place to mount at.
-fn target(path: &str) -> Result<PathBuf, OciError> {
+pub(crate) fn target(path: &str) -> Result<PathBuf, OciError> {
     let bad = |why| OciError::BadTarget {
         target: path.chars().take(200).collect(),
         why,
@@ -247,7 +247,9 @@ fn requested(input: &Input<'_>, request: &MountRequest, target: &Path) -> Result
             }
         }
     }
-    let mapped = !request.uid_mappings.is_empty() || !request.gid_mappings.is_empty();
+    // An overlay cannot be mapped: an image's layers are, before they become one.
+    let mapped = request.image.is_none()
+        && !(request.uid_mappings.is_empty() && request.gid_mappings.is_empty());
     if mapped {
         options.push("ridmap");
     }
