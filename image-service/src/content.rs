@@ -45,7 +45,7 @@ pub enum ContentError {
 #[derive(Debug)]
 pub struct Content {
     dir: PathBuf,
-    /// What the files take, by name, so that asking for the sum needs no disk.
+    /// What the files take on disk, by name, so that asking for the sum needs no disk.
     sizes: Mutex<HashMap<Digest, u64>>,
 }
 
@@ -69,7 +69,7 @@ impl Content {
                 } else if let Ok(digest) = format!("{}:{name}", algorithm.name()).parse()
                     && let Ok(metadata) = std::fs::symlink_metadata(dir.join(name))
                 {
-                    sizes.insert(digest, metadata.len());
+                    sizes.insert(digest, space(metadata.len()));
                 }
             }
         }
@@ -83,7 +83,7 @@ impl Content {
         self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes and number of the files. Never waits for the disk.
+    /// Bytes that the files take on disk, and their number. Never waits for the disk.
     pub fn sums(&self) -> (u64, u64) {
         let sizes = self.sizes();
         (sizes.values().sum(), sizes.len() as u64)
@@ -133,8 +133,22 @@ impl Content {
                 source,
             }
         })?;
-        self.sizes().insert(digest.clone(), bytes.len() as u64);
+        let bytes = space(bytes.len() as u64);
+        self.sizes().insert(digest.clone(), bytes);
         Ok(())
+    }
+
+    /// Reads every file; those that are not what their name says are removed and told.
+    pub fn damaged(&self) -> Vec<Digest> {
+        let mut here: Vec<Digest> = self.sizes().keys().cloned().collect();
+        here.sort();
+        here.retain(|digest| {
+            if self.get(digest).is_some() || remove(&self.path(digest)).is_err() {
+                return false;
+            }
+            self.sizes().remove(digest).is_some()
+        });
+        here
     }
 
     /// Removes everything whose digest is not in `kept`; tells what could not be removed.
@@ -151,6 +165,11 @@ impl Content {
         }
         failed
     }
+}
+
+/// What a file of `bytes` takes, in ext4's and xfs's default blocks.
+fn space(bytes: u64) -> u64 {
+    bytes.next_multiple_of(4096)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, ContentError> {

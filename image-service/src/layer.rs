@@ -797,6 +797,11 @@ impl Store {
         }
     }
 
+    /// The kernel's boot this store was opened in.
+    pub(crate) fn boot_id(&self) -> &str {
+        &self.0.boot_id
+    }
+
     /// Where the layers are kept.
     pub fn dir(&self) -> &Path {
         &self.0.dir

@@ -323,6 +323,17 @@ impl Snapshots {
         Ok(record::load::<SnapshotRecord>(&path)?)
     }
 
+    /// The layers of the container's image, and those of each image it has as a volume.
+    ///
+    /// # Errors
+    /// `BadId`, or `Record` where it was not prepared.
+    pub fn all_layers(&self, container_id: &str) -> Result<Vec<Vec<LayerId>>, SnapshotError> {
+        let record = self.record(container_id)?;
+        let mut layers = vec![record.layers];
+        layers.extend(record.volumes.into_values());
+        Ok(layers)
+    }
+
     /// What the container has written. Walks its files; what it changes
     /// meanwhile is counted as far as it was seen.
     ///

@@ -16,7 +16,7 @@ pub mod recipe;
 mod stream;
 mod tree;
 
-use archive::Archive;
+pub(crate) use archive::{Archive, Kind};
 pub use archive::{MAX_EXTENSION_BYTES, MAX_PATH_BYTES, MAX_XATTR_BYTES};
 pub use stream::Compression;
 pub(crate) use stream::read as read_archive;

@@ -221,6 +221,28 @@ impl Store {
         Ok(Some(()))
     }
 
+    /// How many bytes [`Store::write_archive`] would give; `None` where it cannot.
+    ///
+    /// # Errors
+    /// Where what was kept cannot be read.
+    pub fn archive_bytes(&self, id: &LayerId) -> io::Result<Option<u64>> {
+        if self.info(id).is_none_or(|info| info.recipe != Recipe::Archive) {
+            return Ok(None);
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.0.fd, format!("{id}/{RECIPE}"), flags, Mode::empty())?;
+        let mut recipe = recipe::Reader::new(File::from(fd))?;
+        let mut bytes = 0;
+        while let Some(step) = recipe.next_step()? {
+            bytes += match step {
+                Step::Raw(raw) => raw.len() as u64,
+                Step::File(note) => note.size,
+                Step::Copied(_) => 0,
+            };
+        }
+        Ok(Some(bytes))
+    }
+
     fn replay(
         &self,
         id: &LayerId,

@@ -1,0 +1,53 @@
+//! Removing what nothing uses, when somebody asks for it.
+
+use super::ImageService;
+use crate::image::Image;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// What was removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// The images, by ID.
+    pub images: Vec<String>,
+    /// Space in bytes that the images took together before and do not take now.
+    pub bytes: u64,
+}
+
+impl ImageService {
+    /// Removes the images that no container has: those without a tag, or `all`. Pinned ones
+    /// stay. Forgets images that are not whole, and frees what pulls left that never ended.
+    /// Blocking.
+    pub fn prune(&self, all: bool) -> Pruned {
+        let before = self.fs_usage().used_bytes;
+        let used = self.layers_of_containers();
+        let unused = |image: &Arc<Image>| {
+            !image.pinned && (all || image.repo_tags.is_empty()) && !used.contains(&image.layers)
+        };
+        let mut pruned = Pruned::default();
+        for image in self.list().into_iter().filter(unused) {
+            match self.remove_now(&image.id) {
+                Ok(true) => pruned.images.push(image.id.clone()),
+                Ok(false) => {}
+                Err(error) => super::warn(&error, "an image that nobody uses stays"),
+            }
+        }
+        self.forget_incomplete();
+        self.collect();
+        self.finish_removals();
+        pruned.bytes = before.saturating_sub(self.fs_usage().used_bytes);
+        pruned
+    }
+
+    /// The layers of each container's image, and of the images it has as volumes.
+    fn layers_of_containers(&self) -> BTreeSet<Vec<crate::layer::LayerId>> {
+        let snapshots = &self.0.snapshots;
+        let mut layers = BTreeSet::new();
+        for container in snapshots.list().unwrap_or_default() {
+            if let Ok(found) = snapshots.all_layers(&container) {
+                layers.extend(found);
+            }
+        }
+        layers
+    }
+}
