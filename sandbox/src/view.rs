@@ -11,7 +11,7 @@ use crate::id::{ContainerId, PodId};
 use crate::operation::lock;
 use crate::pod::PodRecord;
 use arc_swap::ArcSwap;
-use berth_store::atomic_file::Durability;
+use berth_store::atomic_file::{self, Durability};
 use berth_store::record;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -94,7 +94,7 @@ impl Objects {
                     view.pods.insert(pod.id.to_string(), Arc::new(pod));
                 }
                 // A directory whose record was never written, or was removed first: nothing is in it.
-                Err(error) if error.is_absent() => {}
+                Err(error) if error.is_absent() => remove_empty(&path),
                 Err(error) => {
                     unreadable.push(Unreadable {
                         path: path.clone(),
@@ -386,4 +386,15 @@ fn now() -> i64 {
 
 fn internal(error: berth_store::RecordError) -> SandboxError {
     SandboxError::caused(Kind::Internal, "the record cannot be kept", error)
+}
+/// Removes what a daemon left that was killed while it made or forgot a pod. Where
+/// there are records of containers it stays: somebody has to look at it.
+fn remove_empty(dir: &Path) {
+    let containers = std::fs::read_dir(dir.join("containers"));
+    let records = containers.into_iter().flatten().flatten();
+    let mut names = records.map(|entry| entry.file_name());
+    let kept = names.any(|name| !atomic_file::is_temporary(&name.to_string_lossy()));
+    if !kept && let Err(error) = std::fs::remove_dir_all(dir) {
+        tracing::warn!(dir = %dir.display(), error = &error as &dyn std::error::Error, "an empty directory stays");
+    }
 }
