@@ -151,6 +151,8 @@ struct Running {
     lines: Vec<u8>,
     busy: bool,
     last_read: Instant,
+    /// When the disk refused last.
+    last_stuck: Instant,
     /// When the container ended.
     finish: Option<Instant>,
     /// When everything was read, and after that, written.
@@ -213,6 +215,7 @@ impl Logger {
             lines: Vec::new(),
             busy: false,
             last_read: now,
+            last_stuck: now,
             finish: None,
             closing: None,
             drained: false,
@@ -239,8 +242,10 @@ impl Running {
         let now = Instant::now();
         self.clients.work(now);
         self.read(&ready);
-        if let Sink::Block(file) = &mut self.sink {
-            file.flush();
+        if let Sink::Block(file) = &mut self.sink
+            && file.flush() == Flushed::Stuck
+        {
+            self.last_stuck = now;
         }
         self.become_quiet(now);
         self.end_late_sources(now);
@@ -310,7 +315,7 @@ impl Running {
             _ => None,
         };
         let quiet = self.busy.then(|| self.last_read + QUIET);
-        let finish = self.finish.map(|at| at + DRAIN);
+        let finish = self.finish.map(|at| at.max(self.last_stuck) + DRAIN);
         let finish = finish.filter(|at| !self.sources.is_empty() && *at > now);
         let closing = self.closing.map(|at| at + LINGER);
         let all = [disk, rate, quiet, finish, closing, self.clients.deadline()];
@@ -351,7 +356,7 @@ impl Running {
                 Sink::Block(_) => true,
                 Sink::Drop(queue) => {
                     let within = self.rate.as_mut().is_none_or(Rate::allows);
-                    queue.has_room() && (within || self.finish.is_some())
+                    within && queue.has_room()
                 }
             };
             let read = &self.input[..count];
@@ -413,8 +418,9 @@ impl Running {
     /// Ends what others still hold open after the container's end.
     fn end_late_sources(&mut self, now: Instant) {
         let Some(finish) = self.finish else { return };
-        let stuck = matches!(&self.sink, Sink::Block(file) if !file.is_flushed());
-        if now >= finish + LINGER || (now >= finish + DRAIN && !stuck) {
+        // While the disk refuses nothing is read.
+        let read_since = finish.max(self.last_stuck);
+        if now >= finish + LINGER || now >= read_since + DRAIN {
             for mut source in std::mem::take(&mut self.sources) {
                 self.end(&mut source);
             }

@@ -269,6 +269,7 @@ pub struct Client {
     reader: FrameReader,
     next: u64,
     events: VecDeque<proto::Exited>,
+    detached: VecDeque<proto::Detached>,
 }
 
 impl Client {
@@ -283,6 +284,7 @@ impl Client {
             reader: FrameReader::new(bounds),
             next: 1,
             events: VecDeque::new(),
+            detached: VecDeque::new(),
         }
     }
 
@@ -313,6 +315,7 @@ impl Client {
             let (reply, fds) = self.receive();
             match reply.body.unwrap() {
                 Reply::Exited(exited) => self.events.push_back(exited),
+                Reply::Detached(detached) => self.detached.push_back(detached),
                 body => {
                     assert_eq!(reply.id, id);
                     return (body, fds);
@@ -357,11 +360,64 @@ impl Client {
             if let Some(at) = found {
                 return self.events.remove(at).unwrap();
             }
-            match self.receive().0.body.unwrap() {
-                Reply::Exited(exited) => self.events.push_back(exited),
-                other => panic!("{other:?}"),
-            }
+            self.event();
         }
+    }
+
+    fn event(&mut self) {
+        match self.receive().0.body.unwrap() {
+            Reply::Exited(exited) => self.events.push_back(exited),
+            Reply::Detached(detached) => self.detached.push_back(detached),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Attaches to a container's stdin (where `stdin`) and output.
+    pub fn attach(&mut self, container: &str, attach_id: &str, stdin: bool) -> Attached {
+        let (in_read, in_write) = std::io::pipe().unwrap();
+        let (out_read, out_write) = std::io::pipe().unwrap();
+        let (err_read, err_write) = std::io::pipe().unwrap();
+        let request = proto::Attach {
+            container_id: container.into(),
+            attach_id: attach_id.into(),
+            stdin_fd: stdin.then_some(2),
+            stdout_fd: Some(0),
+            stderr_fd: Some(1),
+        };
+        let fds = [out_write.into(), err_write.into(), OwnedFd::from(in_read)];
+        match self.ask(Request::Attach(request), &fds).0 {
+            Reply::Done(_) => {}
+            other => panic!("{other:?}"),
+        }
+        Attached {
+            stdin: stdin.then_some(in_write),
+            stdout: out_read,
+            stderr: err_read,
+        }
+    }
+
+    /// Waits for a client to be detached: why.
+    pub fn detached(&mut self, attach_id: &str) -> proto::detached::Reason {
+        loop {
+            let found = self
+                .detached
+                .iter()
+                .position(|event| event.attach_id == attach_id);
+            if let Some(at) = found {
+                return self.detached.remove(at).unwrap().reason();
+            }
+            self.event();
+        }
+    }
+
+    /// What a container's log has had.
+    pub fn log_counts(&mut self, container: &str) -> proto::LogCounts {
+        let state = self.inspect();
+        let found = state
+            .containers
+            .iter()
+            .find(|c| c.container_id == container);
+        found.unwrap().log.unwrap()
     }
 
     pub fn inspect(&mut self) -> proto::State {
@@ -395,6 +451,44 @@ impl Client {
         drop(fds);
         let text = std::io::read_to_string(read).unwrap();
         (self.exited(container, exec_id).exit_code, text)
+    }
+}
+
+/// A client's ends of the streams.
+pub struct Attached {
+    pub stdin: Option<std::io::PipeWriter>,
+    pub stdout: std::io::PipeReader,
+    pub stderr: std::io::PipeReader,
+}
+
+/// A tmpfs of a few MiB; unmounted when dropped.
+pub struct SmallDisk(pub PathBuf);
+
+impl SmallDisk {
+    pub fn mount(path: &Path, size: &str) -> SmallDisk {
+        std::fs::create_dir(path).unwrap();
+        let disk = SmallDisk(path.to_owned());
+        disk.set(&format!("size={size},mode=755"));
+        disk
+    }
+
+    /// Gives it another size.
+    pub fn resize(&self, size: &str) {
+        self.set(&format!("remount,size={size}"));
+    }
+
+    fn set(&self, options: &str) {
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "small"])
+            .arg(&self.0)
+            .status();
+        assert!(mount.unwrap().success());
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = mount::detach(&self.0);
     }
 }
 
