@@ -1,19 +1,25 @@
-//! Who we are to a registry: credentials, challenges, tokens.
+//! Who we are to a registry: challenges and tokens.
 //!
 //! request ── 401 + WWW-Authenticate ──> Basic: the credentials themselves
 //!                                  └──> Bearer: a token from the realm ──> request again, once
 //!
-//! Nothing is sent before a registry asks, and what was found out is kept per registry and
-//! repository for one pull. Secrets live in types whose Debug shows none of them.
+//! Nothing is sent before a registry asks. What opened a repository is kept for all pulls, by
+//! registry, repository and credentials, so that nobody rides on another's secret; a token is
+//! fetched anew shortly before it expires, without being challenged again.
 //! Source: distribution-spec 1.1; distribution "Token Authentication Specification" and
 //! "OAuth2 Token Authentication"; RFC 9110, 11.6.1 for the challenge's grammar.
 
+pub use crate::auth_file::{AuthFileError, SecretSource};
+use crate::auth_file::{Found, Helpers};
+pub use crate::credentials::{BadCredentials, Credentials};
+use crate::credentials::{Identity, Secret};
 use base64::Engine as _;
 use http::HeaderValue;
 use serde::Deserialize;
-use std::collections::HashMap;
-use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
 use url::Url;
 
 /// Largest answer of a token service that is read, in bytes: tokens with many claims have some
@@ -21,115 +27,15 @@ use url::Url;
 const MAX_TOKEN_BYTES: usize = 1 << 20;
 /// Largest challenge looked at, in bytes.
 const MAX_CHALLENGE_BYTES: usize = 16 << 10;
-
-/// CRI `AuthConfig`: every field may be empty.
-#[derive(Clone, Default, PartialEq, Eq, Hash)]
-pub struct Credentials {
-    /// With `password`.
-    pub username: String,
-    /// With `username`.
-    pub password: String,
-    /// `username:password` in base64.
-    pub auth: String,
-    /// The host these are for, or its URL; empty: the image's registry and its configured
-    /// mirrors, as containerd has it.
-    pub server_address: String,
-    /// A refresh token to get access tokens with.
-    pub identity_token: String,
-    /// An access token to send as it is.
-    pub registry_token: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = |text: &str| if text.is_empty() { "" } else { "[redacted]" };
-        f.debug_struct("Credentials")
-            .field("username", &shown(&self.username))
-            .field("password", &shown(&self.password))
-            .field("auth", &shown(&self.auth))
-            .field("server_address", &self.server_address)
-            .field("identity_token", &shown(&self.identity_token))
-            .field("registry_token", &shown(&self.registry_token))
-            .finish()
-    }
-}
-
-/// The `auth` field is not what it should be. Its content is nowhere in the message.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadCredentials {
-    /// Not base64.
-    #[error("the credentials' auth field is not base64")]
-    Base64,
-    /// No colon, or not text.
-    #[error("the credentials' auth field is not base64 of username:password")]
-    NoPassword,
-}
-
-/// What the credentials come down to.
-#[derive(Clone)]
-enum Secret {
-    Basic { username: String, password: String },
-    Identity(String),
-    Bearer(String),
-}
-
-impl Credentials {
-    /// What to use, the most specific field that is filled in, in containerd's order.
-    fn secret(&self) -> Result<Option<Secret>, BadCredentials> {
-        if !self.username.is_empty() {
-            return Ok(Some(Secret::Basic {
-                username: self.username.clone(),
-                password: self.password.clone(),
-            }));
-        }
-        if !self.identity_token.is_empty() {
-            return Ok(Some(Secret::Identity(self.identity_token.clone())));
-        }
-        if !self.auth.is_empty() {
-            let (username, password) = decode_auth(&self.auth)?;
-            return Ok(Some(Secret::Basic { username, password }));
-        }
-        if !self.registry_token.is_empty() {
-            return Ok(Some(Secret::Bearer(self.registry_token.clone())));
-        }
-        Ok(None)
-    }
-
-    /// True unless `server_address` names another registry than `host`.
-    fn are_for(&self, host: &str) -> bool {
-        let address = self.server_address.trim();
-        let address = address
-            .split_once("://")
-            .map_or(address, |(_, rest)| rest)
-            .split('/')
-            .next()
-            .unwrap_or_default();
-        address.is_empty() || canonical(address) == canonical(host)
-    }
-}
-
-/// Docker Hub goes by three names.
-fn canonical(host: &str) -> String {
-    let host = host.to_ascii_lowercase();
-    match &*host {
-        "index.docker.io" | "registry-1.docker.io" => "docker.io".into(),
-        _ => host,
-    }
-}
-
-/// Username and password of the `auth` field: standard base64, strictly, of `username:password`.
-fn decode_auth(auth: &str) -> Result<(String, String), BadCredentials> {
-    let bytes = base64::engine::general_purpose::STANDARD
-        .decode(auth)
-        .map_err(|_| BadCredentials::Base64)?;
-    let text = String::from_utf8(bytes).map_err(|_| BadCredentials::NoPassword)?;
-    let (username, password) = text.split_once(':').ok_or(BadCredentials::NoPassword)?;
-    if username.is_empty() {
-        return Err(BadCredentials::NoPassword);
-    }
-    // Docker's own config files pad the password with NULs.
-    Ok((username.into(), password.trim_end_matches('\0').into()))
-}
+/// How long a token counts that does not say it. Source: "Token Authentication Specification",
+/// "Token Response Fields".
+const UNSAID_LIFE: Duration = Duration::from_secs(60);
+/// The longest a token is kept, whatever it says.
+const LONGEST_LIFE: Duration = Duration::from_secs(3600);
+/// A token this close to its end is not used any more: a request takes time, too.
+const MARGIN: Duration = Duration::from_secs(10);
+/// Most (registry, repository, credentials) remembered.
+const MAX_KNOWN: usize = 4096;
 
 /// Why a challenge could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -168,9 +74,20 @@ pub enum AuthError {
         /// The service's host.
         host: String,
     },
+    /// A token that was just given does not open what it was asked for.
+    #[error(
+        "the token that the service at {host} gave is refused: it is for another scope, or another registry"
+    )]
+    Useless {
+        /// The service's host.
+        host: String,
+    },
     /// The credentials themselves are malformed.
     #[error("the credentials cannot be used")]
     Credentials(#[from] BadCredentials),
+    /// The node's own credentials cannot be had.
+    #[error("the node's own credentials cannot be used")]
+    File(#[from] AuthFileError),
 }
 
 impl AuthError {
@@ -183,7 +100,9 @@ impl AuthError {
             | AuthError::Challenge
             | AuthError::Realm { .. }
             | AuthError::NoToken { .. }
-            | AuthError::Credentials(_) => false,
+            | AuthError::Useless { .. }
+            | AuthError::Credentials(_)
+            | AuthError::File(_) => false,
         }
     }
 }
@@ -287,76 +206,203 @@ fn unquote(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// What one pull knows about authenticating; shared by its requests.
-pub(crate) struct Authorizer {
-    credentials: Option<Credentials>,
-    known: Mutex<HashMap<(String, String), HeaderValue>>,
-    /// Requests that are challenged at the same time fetch one token.
-    fetching: tokio::sync::Mutex<()>,
+/// What opened which repository, for all pulls.
+#[derive(Default)]
+pub(crate) struct Tokens(Mutex<HashMap<Door, Arc<Entry>>>);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Door {
+    /// `scheme://host:port`: what opens a mirror in the clear is not sent to one with TLS.
+    origin: String,
+    repository: String,
+    who: Identity,
 }
 
-/// Who challenged and what for.
+#[derive(Default)]
+struct Entry {
+    /// Requests that are challenged at the same time fetch one token.
+    fetching: tokio::sync::Mutex<()>,
+    known: Mutex<Option<Known>>,
+}
+
+#[derive(Clone)]
+struct Known {
+    value: HeaderValue,
+    /// `None`: until it is refused.
+    expires: Option<Instant>,
+    challenges: Vec<Challenge>,
+}
+
+impl Entry {
+    fn known(&self) -> MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tokens {
+    fn entry(&self, door: Door) -> Arc<Entry> {
+        let mut doors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if doors.len() >= MAX_KNOWN && !doors.contains_key(&door) {
+            let now = Instant::now();
+            doors.retain(|_, entry| {
+                let known = entry.known();
+                let fresh = |known: &Known| known.expires.is_none_or(|at| at > now);
+                known.as_ref().is_some_and(fresh)
+            });
+            if doors.len() >= MAX_KNOWN {
+                doors.clear();
+            }
+        }
+        Arc::clone(doors.entry(door).or_default())
+    }
+}
+
+/// Whose credentials a host gets, as far as is known without running a program.
+#[derive(Clone, Debug)]
+pub(crate) enum Holder {
+    /// Nobody's.
+    Nobody,
+    /// These.
+    Secret(Secret, SecretSource),
+    /// Programs know.
+    Helpers(Vec<String>),
+}
+
+impl Holder {
+    /// From what the node's file says.
+    pub fn of(found: Found) -> Holder {
+        match found {
+            Found::Secret(secret, source) => Holder::Secret(secret, source),
+            Found::Ask { helpers, .. } => Holder::Helpers(helpers),
+            Found::Nothing => Holder::Nobody,
+        }
+    }
+
+    fn identity(&self) -> Identity {
+        match self {
+            Holder::Nobody => Identity::NOBODY,
+            Holder::Secret(secret, _) => Identity::of(secret),
+            Holder::Helpers(names) => Identity::of_helpers(names),
+        }
+    }
+}
+
+/// What one pull shows one host for one repository.
+pub(crate) struct Authorizer {
+    tokens: Arc<Tokens>,
+    helpers: Helpers,
+    holder: Holder,
+    door: Door,
+    /// `host[:port]`, what helpers and messages call it.
+    host: String,
+    /// What the helpers said, once they were asked.
+    secret: OnceCell<Option<Secret>>,
+}
+
+/// Who challenged.
 pub(crate) struct Challenged<'a> {
     /// The configured host's client, so that its CA holds for its token service.
     pub http: &'a reqwest::Client,
     /// `scheme://host[:port]` of the host that sent the challenge.
     pub host: &'a Url,
-    pub repository: &'a str,
     pub challenges: &'a [Challenge],
     /// What was sent and refused.
     pub refused: Option<&'a HeaderValue>,
+    /// How long a token service may take.
+    pub patience: Duration,
 }
 
 impl Authorizer {
-    /// With `credentials` for every configured host that asks, or for the one they name.
-    ///
-    /// # Errors
-    /// [`BadCredentials`] before anything is sent.
-    pub fn new(credentials: Option<Credentials>) -> Result<Authorizer, BadCredentials> {
-        if let Some(credentials) = &credentials {
-            credentials.secret()?;
+    /// For `repository` at `host`.
+    pub fn new(
+        tokens: Arc<Tokens>,
+        helpers: Helpers,
+        holder: Holder,
+        host: &Url,
+        repository: &str,
+    ) -> Authorizer {
+        let door = Door {
+            origin: host.origin().ascii_serialization(),
+            repository: repository.into(),
+            who: holder.identity(),
+        };
+        Authorizer {
+            tokens,
+            helpers,
+            holder,
+            door,
+            host: authority(host),
+            secret: OnceCell::new(),
         }
-        Ok(Authorizer {
-            credentials,
-            known: Mutex::default(),
-            fetching: tokio::sync::Mutex::default(),
-        })
     }
 
-    /// What to send to `host` for `repository` from the start, once it was asked for.
-    pub fn known(&self, host: &str, repository: &str) -> Option<HeaderValue> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(&(host.into(), repository.into())).cloned()
+    /// Whose credentials are shown.
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// What to send from the start, if it was found out before and is still good; else the
+    /// challenges that are known to come.
+    pub fn known(&self) -> (Option<HeaderValue>, Vec<Challenge>) {
+        let entry = self.tokens.entry(self.door.clone());
+        let known = entry.known();
+        match &*known {
+            None => (None, Vec::new()),
+            Some(known) if known.expires.is_none_or(|at| at > Instant::now()) => {
+                (Some(known.value.clone()), Vec::new())
+            }
+            Some(known) => (None, known.challenges.clone()),
+        }
     }
 
     /// The `Authorization` header that answers a challenge, which [`Authorizer::known`] then
-    /// knows too.
+    /// gives too.
     pub async fn answer(&self, asked: Challenged<'_>) -> Result<HeaderValue, AuthError> {
-        let _alone = self.fetching.lock().await;
-        let host = authority(asked.host);
+        let entry = self.tokens.entry(self.door.clone());
+        let _alone = entry.fetching.lock().await;
         // Another request may have been here while this one waited.
-        if let Some(known) = self.known(&host, asked.repository)
+        if let (Some(known), _) = self.known()
             && Some(&known) != asked.refused
         {
             return Ok(known);
         }
-        let secret = self.secret_for(&host)?;
-        let value = match secret {
-            Some(Secret::Bearer(token)) => format!("Bearer {token}"),
+        let secret = self.secret().await?;
+        let (value, life) = match secret {
+            Some(Secret::Bearer(token)) => (format!("Bearer {token}"), None),
             secret => self.negotiate(&asked, secret).await?,
         };
-        let mut value =
-            HeaderValue::from_str(&value).map_err(|_| AuthError::NoToken { host: host.clone() })?;
+        let mut value = HeaderValue::from_str(&value).map_err(|_| AuthError::NoToken {
+            host: self.host.clone(),
+        })?;
         value.set_sensitive(true);
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert((host, asked.repository.into()), value.clone());
+        *entry.known() = Some(Known {
+            value: value.clone(),
+            expires: life.map(|life| {
+                let life = life.min(LONGEST_LIFE);
+                // A token that lives for less than the margin is good for the request it is for.
+                Instant::now() + life.saturating_sub(MARGIN)
+            }),
+            challenges: asked.challenges.to_vec(),
+        });
         Ok(value)
     }
 
-    fn secret_for(&self, host: &str) -> Result<Option<Secret>, AuthError> {
-        match &self.credentials {
-            Some(credentials) if credentials.are_for(host) => Ok(credentials.secret()?),
-            _ => Ok(None),
+    /// What was answered last is worth nothing: the next request begins anew.
+    pub fn forget(&self) {
+        *self.tokens.entry(self.door.clone()).known() = None;
+    }
+
+    async fn secret(&self) -> Result<Option<Secret>, AuthError> {
+        match &self.holder {
+            Holder::Nobody => Ok(None),
+            Holder::Secret(secret, _) => Ok(Some(secret.clone())),
+            Holder::Helpers(names) => {
+                let asked = self.secret.get_or_try_init(|| async {
+                    let found = self.helpers.ask(names, &self.host).await?;
+                    Ok::<_, AuthFileError>(found.map(|(secret, _)| secret))
+                });
+                Ok(asked.await?.clone())
+            }
         }
     }
 
@@ -364,17 +410,31 @@ impl Authorizer {
         &self,
         asked: &Challenged<'_>,
         secret: Option<Secret>,
-    ) -> Result<String, AuthError> {
+    ) -> Result<(String, Option<Duration>), AuthError> {
         for challenge in asked.challenges {
             match (challenge, &secret) {
-                (Challenge::Bearer { .. }, _) => {
-                    let token = self.token(asked, challenge, secret).await?;
-                    return Ok(format!("Bearer {token}"));
+                (
+                    Challenge::Bearer {
+                        realm,
+                        service,
+                        scope,
+                    },
+                    _,
+                ) => {
+                    let service = TokenService {
+                        http: asked.http,
+                        url: realm_url(realm, asked.host)?,
+                        service: service.as_deref().unwrap_or_default(),
+                        scopes: merge_scopes(&self.door.repository, scope.as_deref()),
+                        patience: asked.patience,
+                    };
+                    let (token, life) = service.token(secret.as_ref()).await?;
+                    return Ok((format!("Bearer {token}"), Some(life)));
                 }
                 (Challenge::Basic, Some(Secret::Basic { username, password })) => {
                     let pair = format!("{username}:{password}");
                     let encoded = base64::engine::general_purpose::STANDARD.encode(pair);
-                    return Ok(format!("Basic {encoded}"));
+                    return Ok((format!("Basic {encoded}"), None));
                 }
                 (Challenge::Basic, _) => {}
             }
@@ -384,78 +444,124 @@ impl Authorizer {
         }
         Err(AuthError::Challenge)
     }
+}
 
-    async fn token(
-        &self,
-        asked: &Challenged<'_>,
-        challenge: &Challenge,
-        secret: Option<Secret>,
-    ) -> Result<String, AuthError> {
-        let Challenge::Bearer {
-            realm,
-            service,
-            scope,
-        } = challenge
-        else {
-            return Err(AuthError::Challenge);
+/// Where to fetch a token; a realm that would have a secret sent in the clear is refused.
+fn realm_url(realm: &str, asked: &Url) -> Result<Url, AuthError> {
+    let bad = || AuthError::Realm {
+        realm: realm.split('?').next().unwrap_or_default().into(),
+    };
+    let url = Url::parse(realm).map_err(|_| bad())?;
+    // A registry that is itself talked to in the clear has no secret to lose by it.
+    let clear = url.scheme() == "http" && asked.scheme() == "http";
+    if url.host_str().is_none() || !(url.scheme() == "https" || clear) {
+        return Err(bad());
+    }
+    Ok(url)
+}
+
+/// Pulling from `repository` and what the challenge asks for beside it, each resource once.
+/// Source: "Token Scope Documentation", the grammar `type:name:action{,action}`.
+fn merge_scopes(repository: &str, challenged: Option<&str>) -> Vec<String> {
+    let own = format!("repository:{repository}:pull");
+    let mut resources: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut order = Vec::new();
+    let mut others = Vec::new();
+    for scope in std::iter::once(&*own).chain(challenged.unwrap_or_default().split(' ')) {
+        let Some((resource, actions)) = scope.rsplit_once(':') else {
+            if !scope.is_empty() && !others.contains(&scope.to_owned()) {
+                others.push(scope.to_owned());
+            }
+            continue;
         };
-        let bad_realm = || AuthError::Realm {
-            realm: realm.split('?').next().unwrap_or_default().into(),
-        };
-        let mut url = Url::parse(realm).map_err(|_| bad_realm())?;
-        // A registry that is itself talked to in the clear has no secret to lose by it.
-        let clear = url.scheme() == "http" && asked.host.scheme() == "http";
-        if url.host_str().is_none() || !(url.scheme() == "https" || clear) {
-            return Err(bad_realm());
+        if !resources.contains_key(resource) {
+            order.push(resource.to_owned());
         }
-        let host = authority(&url);
-        let own = format!("repository:{}:pull", asked.repository);
-        let mut scopes = own.clone();
-        if let Some(more) = scope {
-            for scope in more.split(' ').filter(|s| !s.is_empty() && *s != own) {
-                scopes = format!("{scopes} {scope}");
+        let known = resources.entry(resource.to_owned()).or_default();
+        known.extend(actions.split(',').map(str::to_owned));
+    }
+    let mut merged: Vec<String> = order
+        .into_iter()
+        .map(|resource| {
+            let actions: Vec<_> = resources[&resource].iter().cloned().collect();
+            format!("{resource}:{}", actions.join(","))
+        })
+        .collect();
+    merged.extend(others);
+    merged
+}
+
+struct TokenService<'a> {
+    http: &'a reqwest::Client,
+    url: Url,
+    service: &'a str,
+    scopes: Vec<String>,
+    patience: Duration,
+}
+
+impl TokenService<'_> {
+    /// A token and for how long it counts.
+    async fn token(&self, secret: Option<&Secret>) -> Result<(String, Duration), AuthError> {
+        let identity = match secret {
+            Some(Secret::Identity(token)) => Some(token),
+            Some(Secret::Basic { .. } | Secret::Bearer(_)) | None => None,
+        };
+        if let Some(token) = identity {
+            let form = [("grant_type", "refresh_token"), ("refresh_token", token)];
+            return self.read(self.post(&form)).await;
+        }
+        let mut url = self.url.clone();
+        {
+            let mut query = url.query_pairs_mut();
+            if !self.service.is_empty() {
+                query.append_pair("service", self.service);
+            }
+            for scope in &self.scopes {
+                query.append_pair("scope", scope);
             }
         }
-        let service = service.as_deref().unwrap_or_default();
-        let request = match secret {
-            Some(Secret::Identity(token)) => {
-                let form: String = url::form_urlencoded::Serializer::new(String::new())
-                    .append_pair("grant_type", "refresh_token")
-                    .append_pair("service", service)
-                    .append_pair("client_id", "berth")
-                    .append_pair("scope", &scopes)
-                    .append_pair("refresh_token", &token)
-                    .finish();
-                asked
-                    .http
-                    .post(url)
-                    .header("content-type", "application/x-www-form-urlencoded")
-                    .body(form)
-            }
-            secret => {
-                {
-                    let mut query = url.query_pairs_mut();
-                    if !service.is_empty() {
-                        query.append_pair("service", service);
-                    }
-                    for scope in scopes.split(' ') {
-                        query.append_pair("scope", scope);
-                    }
-                }
-                let request = asked.http.get(url);
-                match secret {
-                    Some(Secret::Basic { username, password }) => {
-                        request.basic_auth(username, Some(password))
-                    }
-                    Some(Secret::Identity(_) | Secret::Bearer(_)) | None => request,
-                }
-            }
+        let request = self.http.get(url);
+        let Some(Secret::Basic { username, password }) = secret else {
+            return self.read(request).await;
         };
+        let by_get = self.read(request.basic_auth(username, Some(password))).await;
+        match by_get {
+            // A service that speaks OAuth 2 only.
+            Err(AuthError::Refused {
+                status: 404 | 405 | 501,
+                ..
+            }) => {
+                let form = [
+                    ("grant_type", "password"),
+                    ("username", username),
+                    ("password", password),
+                ];
+                self.read(self.post(&form)).await
+            }
+            other => other,
+        }
+    }
+
+    fn post(&self, form: &[(&str, &str)]) -> reqwest::RequestBuilder {
+        let form: String = url::form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(form)
+            .append_pair("service", self.service)
+            .append_pair("client_id", "berth")
+            .append_pair("scope", &self.scopes.join(" "))
+            .finish();
+        self.http
+            .post(self.url.clone())
+            .header("content-type", "application/x-www-form-urlencoded")
+            .body(form)
+    }
+
+    async fn read(&self, request: reqwest::RequestBuilder) -> Result<(String, Duration), AuthError> {
+        let host = authority(&self.url);
         let unreachable = |source: reqwest::Error| AuthError::Unreachable {
             host: host.clone(),
             source: source.without_url(),
         };
-        let mut response = request.send().await.map_err(unreachable)?;
+        let mut response = request.timeout(self.patience).send().await.map_err(unreachable)?;
         if !response.status().is_success() {
             return Err(AuthError::Refused {
                 host,
@@ -482,17 +588,32 @@ pub(crate) fn authority(url: &Url) -> String {
     }
 }
 
-fn parse_token(body: &[u8]) -> Option<String> {
+/// Counted from when it arrived: the service's clock may differ from ours.
+fn parse_token(body: &[u8]) -> Option<(String, Duration)> {
     #[derive(Deserialize)]
     struct Answer {
         token: Option<String>,
         access_token: Option<String>,
+        expires_in: Option<u64>,
     }
     let answer: Answer = serde_json::from_slice(body).ok()?;
+    let life = answer.expires_in.map_or(UNSAID_LIFE, Duration::from_secs);
     [answer.token, answer.access_token]
         .into_iter()
         .flatten()
         .find(|token| !token.is_empty())
+        .map(|token| (token, life))
+}
+
+/// Reads the challenges of a header, for fuzzing.
+pub fn exercise_challenge(header: &str) {
+    for challenge in parse_challenges(header) {
+        if let Challenge::Bearer { realm, scope, .. } = challenge {
+            let asked = Url::parse("https://registry.example").expect("a URL");
+            let _ = realm_url(&realm, &asked);
+            let _ = merge_scopes("a/b", scope.as_deref());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -542,52 +663,63 @@ mod tests {
     }
 
     #[test]
-    fn the_auth_field_is_decoded_strictly() {
-        assert_eq!(decode_auth("dTpw"), Ok(("u".into(), "p".into())));
-        assert_eq!(decode_auth("dTpwOnEAAA=="), Ok(("u".into(), "p:q".into())));
-        assert_eq!(decode_auth("dTo="), Ok(("u".into(), String::new())));
-        assert_eq!(decode_auth("dTpw="), Err(BadCredentials::Base64));
-        assert_eq!(decode_auth(" dTpw"), Err(BadCredentials::Base64));
-        assert_eq!(decode_auth("dQ=="), Err(BadCredentials::NoPassword));
-        assert_eq!(decode_auth("OnA="), Err(BadCredentials::NoPassword));
-        assert_eq!(decode_auth("/zov"), Err(BadCredentials::NoPassword));
+    fn scopes_are_merged_by_resource() {
+        for (challenged, expected) in [
+            (None, vec!["repository:a/b:pull"]),
+            (Some(""), vec!["repository:a/b:pull"]),
+            (Some("repository:a/b:pull"), vec!["repository:a/b:pull"]),
+            (
+                Some("repository:a/b:push,pull repository:c:pull repository:a/b:delete"),
+                vec!["repository:a/b:delete,pull,push", "repository:c:pull"],
+            ),
+            (
+                Some("registry:catalog:* openid openid"),
+                vec!["repository:a/b:pull", "registry:catalog:*", "openid"],
+            ),
+        ] {
+            assert_eq!(merge_scopes("a/b", challenged), expected);
+        }
     }
 
     #[test]
-    fn debug_shows_no_secret() {
-        let credentials = Credentials {
-            username: "secret-u".into(),
-            password: "secret-p".into(),
-            auth: "secret-a".into(),
-            server_address: "registry.example".into(),
-            identity_token: "secret-i".into(),
-            registry_token: "secret-r".into(),
+    fn what_is_remembered_has_a_bound_and_is_by_credentials() {
+        let tokens = Arc::new(Tokens::default());
+        let url = Url::parse("https://a.b").unwrap();
+        let authorizer = |holder: Holder, repository: &str| {
+            let helpers = Helpers::in_path();
+            Authorizer::new(Arc::clone(&tokens), helpers, holder, &url, repository)
         };
-        let shown = format!("{credentials:?}");
-        assert!(!shown.contains("secret-"), "{shown}");
-        assert!(shown.contains("registry.example"));
-    }
-
-    #[test]
-    fn credentials_for_another_registry_are_not_used() {
-        let credentials = |address: &str| Credentials {
-            server_address: address.into(),
-            ..Credentials::default()
+        let known = |expires| Known {
+            value: HeaderValue::from_static("Bearer x"),
+            expires,
+            challenges: vec![Challenge::Basic],
         };
-        assert!(credentials("").are_for("a.b"));
-        assert!(credentials("a.b").are_for("A.b"));
-        assert!(credentials("https://a.b:5000/v2/").are_for("a.b:5000"));
-        assert!(credentials("https://index.docker.io/v1/").are_for("registry-1.docker.io"));
-        assert!(!credentials("a.b").are_for("a.b:5000"));
-        assert!(!credentials("b.a").are_for("a.b"));
+        let mine = authorizer(
+            Holder::Secret(Secret::Bearer("s".into()), SecretSource::Pull),
+            "c",
+        );
+        *tokens.entry(mine.door.clone()).known() = Some(known(None));
+        assert!(mine.known().0.is_some());
+        assert!(authorizer(Holder::Nobody, "c").known().0.is_none());
+        let other = Holder::Secret(Secret::Bearer("t".into()), SecretSource::Pull);
+        assert!(authorizer(other, "c").known().0.is_none());
+        *tokens.entry(mine.door.clone()).known() = Some(known(Some(Instant::now())));
+        assert_eq!(mine.known(), (None, vec![Challenge::Basic]));
+        for n in 0..2 * MAX_KNOWN {
+            let _ = authorizer(Holder::Nobody, &n.to_string()).known();
+        }
+        assert!(tokens.0.lock().unwrap().len() <= MAX_KNOWN);
     }
 
     #[test]
     fn a_token_is_found_under_both_names() {
-        assert_eq!(parse_token(br#"{"token":"a"}"#).as_deref(), Some("a"));
         assert_eq!(
-            parse_token(br#"{"token":"","access_token":"b"}"#).as_deref(),
-            Some("b")
+            parse_token(br#"{"token":"a"}"#),
+            Some(("a".into(), UNSAID_LIFE))
+        );
+        assert_eq!(
+            parse_token(br#"{"token":"","access_token":"b","expires_in":7}"#),
+            Some(("b".into(), Duration::from_secs(7)))
         );
         assert_eq!(parse_token(br#"{"expires_in":3}"#), None);
         assert_eq!(parse_token(b"<html>"), None);

@@ -9,10 +9,13 @@
 //! skip_verify = false
 //! override_path = false                   # true: no /v2 behind the URL's path
 //! dial_timeout = "10s"
+//! proxy = "http://proxy.example:3128"     # or "direct"; ours: containerd passes over it
 //! [host."https://mirror.example:5000".header]
 //! x-name = "value"                        # or a list
 //! ```
-//! The keys below a host may also stand at the top, for the server. A directory is looked for
+//! The keys below a host may also stand at the top, for the server; `fallback` (ours, too) only
+//! there: `"never"` leaves the registry itself out where there are mirrors, `"origin"` asks it
+//! last. A directory is looked for
 //! as `host_port_`, `host:port` and `_default`, in each of the configured directories in their
 //! order; the first that exists is used. One without hosts.toml may hold Docker's `*.crt` (CAs)
 //! and `*.cert` with `*.key` (client). A registry that nothing is said about is asked over
@@ -21,6 +24,7 @@
 //! misspelt `skip_verify` or `ca` must not be found out by a failing pull.
 //! Source: containerd `docs/hosts.md`.
 
+use crate::proxy::{Proxy, ProxyUrl};
 use crate::reference::DEFAULT_HOST;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
@@ -33,7 +37,9 @@ use url::Url;
 
 /// Docker Hub's images are named after one host and served by another.
 const DOCKER_HUB: &str = "registry-1.docker.io";
-/// Largest hosts.toml, in bytes.
+/// The directory for registries that have none of their own.
+const DEFAULT_DIRECTORY: &str = "_default";
+/// Largest hosts.toml or registries.conf, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Most mirrors in one file: each may cost a connect timeout.
 const MAX_HOSTS: usize = 32;
@@ -87,6 +93,20 @@ pub struct Host {
     pub dial_timeout: Option<Duration>,
     /// The registry this mirrors; `None` for the registry itself. Sent as `ns`.
     pub mirror_of: Option<String>,
+    /// The way to it.
+    pub proxy: Proxy,
+    /// The file or directory that says all this; `None` for a registry nothing is said about.
+    pub said_by: Option<PathBuf>,
+}
+
+/// Whether the registry itself is asked when its mirrors do not have something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fallback {
+    /// After its mirrors.
+    #[default]
+    Origin,
+    /// Not where there are mirrors.
+    Never,
 }
 
 impl std::fmt::Debug for Host {
@@ -100,6 +120,8 @@ impl std::fmt::Debug for Host {
             .field("headers", &names)
             .field("dial_timeout", &self.dial_timeout)
             .field("mirror_of", &self.mirror_of)
+            .field("proxy", &self.proxy)
+            .field("said_by", &self.said_by)
             .finish()
     }
 }
@@ -119,6 +141,8 @@ struct RawFile {
     header: BTreeMap<String, OneOrMany>,
     override_path: Option<bool>,
     dial_timeout: Option<String>,
+    proxy: Option<String>,
+    fallback: Option<toml::Spanned<String>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -132,6 +156,7 @@ struct RawHost {
     header: BTreeMap<String, OneOrMany>,
     override_path: Option<bool>,
     dial_timeout: Option<String>,
+    proxy: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -158,30 +183,46 @@ enum RawClient {
 }
 
 /// The places to ask for images of `registry` (`host[:port]`), in order; never empty. Reads the
-/// directories anew at every call.
+/// directories anew at every call. `fallback` counts where the file says nothing of it. Blocking.
 ///
 /// # Errors
 /// [`HostsError`] naming the file and, where it is one, the key.
-pub fn hosts(certs_d: &[PathBuf], registry: &str) -> Result<Vec<Host>, HostsError> {
+pub fn hosts(
+    certs_d: &[PathBuf],
+    registry: &str,
+    fallback: Fallback,
+) -> Result<Vec<Host>, HostsError> {
+    Ok(configured(certs_d, registry, fallback, true)?
+        .unwrap_or_else(|| vec![plain(registry, false)]))
+}
+
+/// What the directories say of `registry`; `None` when they say nothing. `_default` counts only
+/// where `or_default` says so.
+pub(crate) fn configured(
+    certs_d: &[PathBuf],
+    registry: &str,
+    fallback: Fallback,
+    or_default: bool,
+) -> Result<Option<Vec<Host>>, HostsError> {
     for dir in certs_d {
         for name in directory_names(registry) {
-            let dir = dir.join(name);
-            if !dir.is_dir() {
+            let dir = dir.join(&name);
+            if (name == DEFAULT_DIRECTORY && !or_default) || !dir.is_dir() {
                 continue;
             }
             let file = dir.join("hosts.toml");
             return match read(&file) {
-                Ok(text) => parse(&file, &text, registry),
+                Ok(text) => parse(&file, &text, registry, fallback).map(Some),
                 Err(HostsError::Read { source, .. })
                     if source.kind() == io::ErrorKind::NotFound =>
                 {
-                    Ok(vec![with_docker_files(&dir, registry)?])
+                    Ok(Some(vec![with_docker_files(&dir, registry)?]))
                 }
                 Err(error) => Err(error),
             };
         }
     }
-    Ok(vec![plain(registry, false)])
+    Ok(None)
 }
 
 fn directory_names(registry: &str) -> Vec<String> {
@@ -192,11 +233,17 @@ fn directory_names(registry: &str) -> Vec<String> {
         names.push(format!("{host}_{port}_"));
     }
     names.push(registry.into());
-    names.push("_default".into());
+    names.push(DEFAULT_DIRECTORY.into());
     names
 }
 
-fn read(path: &Path) -> Result<String, HostsError> {
+/// The line a byte of `text` is on, counted from 1.
+pub(crate) fn line_of(text: &str, at: usize) -> usize {
+    let before = &text.as_bytes()[..at.min(text.len())];
+    before.iter().filter(|b| **b == b'\n').count() + 1
+}
+
+pub(crate) fn read(path: &Path) -> Result<String, HostsError> {
     let read = || {
         let length = std::fs::metadata(path)?.len();
         if length > MAX_FILE_BYTES {
@@ -211,7 +258,7 @@ fn read(path: &Path) -> Result<String, HostsError> {
 }
 
 /// The registry itself with nothing configured, or only TLS files.
-fn plain(registry: &str, has_tls_files: bool) -> Host {
+pub(crate) fn plain(registry: &str, has_tls_files: bool) -> Host {
     let (host, port) = split_port(registry);
     let scheme = if is_loopback(host) && port != Some("443") && !has_tls_files {
         "http"
@@ -232,6 +279,8 @@ fn plain(registry: &str, has_tls_files: bool) -> Host {
         headers: HeaderMap::new(),
         dial_timeout: None,
         mirror_of: None,
+        proxy: Proxy::Environment,
+        said_by: None,
     }
 }
 
@@ -271,6 +320,7 @@ fn with_docker_files(dir: &Path, registry: &str) -> Result<Host, HostsError> {
     }
     let mut host = plain(registry, tls != Tls::default());
     host.tls = tls;
+    host.said_by = Some(dir.into());
     Ok(host)
 }
 
@@ -278,18 +328,18 @@ fn with_docker_files(dir: &Path, registry: &str) -> Result<Host, HostsError> {
 ///
 /// # Errors
 /// [`HostsError::Invalid`].
-pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, HostsError> {
+pub fn parse(
+    path: &Path,
+    text: &str,
+    registry: &str,
+    fallback: Fallback,
+) -> Result<Vec<Host>, HostsError> {
     let invalid = |why: String| HostsError::Invalid {
         path: path.into(),
         why,
     };
     let raw: RawFile = toml::from_str(text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start.min(text.len()));
-        let line = text.as_bytes()[..start]
-            .iter()
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1;
+        let line = line_of(text, error.span().map_or(0, |span| span.start));
         invalid(format!("line {line}: {}", error.message()))
     })?;
     if raw.host.len() > MAX_HOSTS {
@@ -297,11 +347,25 @@ pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, Hosts
     }
     let mut in_order: Vec<(toml::Spanned<String>, RawHost)> = raw.host.into_iter().collect();
     in_order.sort_by_key(|(key, _)| key.span().start);
+    let fallback = match &raw.fallback {
+        None => fallback,
+        Some(word) => match word.get_ref().as_str() {
+            "origin" => Fallback::Origin,
+            "never" => Fallback::Never,
+            other => {
+                let line = line_of(text, word.span().start);
+                return Err(invalid(format!(
+                    "line {line}: fallback {other:?} is neither origin nor never"
+                )));
+            }
+        },
+    };
     let mut hosts = Vec::new();
     for (url, host) in in_order {
         // What stands before an "@" is a password that should not be there.
         let shown = url.get_ref().rsplit('@').next().unwrap_or_default();
-        let key = format!("host.{shown:?}");
+        let line = line_of(text, url.span().start);
+        let key = format!("line {line}: host.{shown:?}");
         hosts.push(convert(path, &key, Some(url.get_ref()), host, registry).map_err(invalid)?);
     }
     let server = RawHost {
@@ -312,9 +376,14 @@ pub fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, Hosts
         header: raw.header,
         override_path: raw.override_path,
         dial_timeout: raw.dial_timeout,
+        proxy: raw.proxy,
     };
     let url = raw.server.as_deref().filter(|url| !url.is_empty());
-    hosts.push(convert(path, "server", url, server, registry).map_err(invalid)?);
+    let server = convert(path, "server", url, server, registry).map_err(invalid)?;
+    // A server that is named instead of the registry is no fallback to it.
+    if fallback == Fallback::Origin || hosts.is_empty() || server.mirror_of.is_some() {
+        hosts.push(server);
+    }
     Ok(hosts)
 }
 
@@ -377,7 +446,15 @@ fn convert(
                 .ok_or_else(|| format!("{key}: dial_timeout {text:?} is not a duration"))?,
         ),
     };
+    host.proxy = match raw.proxy.as_deref() {
+        None => Proxy::Environment,
+        Some("direct" | "") => Proxy::Direct,
+        Some(text) => {
+            Proxy::Through(ProxyUrl::parse(text).map_err(|error| format!("{key}: proxy: {error}"))?)
+        }
+    };
     host.tls = tls;
+    host.said_by = Some(path.into());
     Ok(host)
 }
 
@@ -468,7 +545,7 @@ mod tests {
     use super::*;
 
     fn read_one(text: &str, registry: &str) -> Result<Vec<Host>, String> {
-        parse(Path::new("/c/hosts.toml"), text, registry).map_err(|error| error.to_string())
+        parse(Path::new("/c/hosts.toml"), text, registry, Fallback::Origin).map_err(|error| error.to_string())
     }
 
     fn urls(hosts: &[Host]) -> Vec<&str> {
@@ -489,7 +566,7 @@ mod tests {
             ("localhost:443", "https://localhost/v2"),
             ("localhost.example", "https://localhost.example/v2"),
         ] {
-            let hosts = hosts(&[], registry).unwrap();
+            let hosts = hosts(&[], registry, Fallback::Origin).unwrap();
             assert_eq!(urls(&hosts), [url]);
             assert!(hosts[0].pull && hosts[0].resolve && hosts[0].mirror_of.is_none());
         }
@@ -576,6 +653,9 @@ mod tests {
                 "header \"a\"",
             ),
             ("server = ", "line 1"),
+            ("\nfallback = \"maybe\"", "line 2: fallback \"maybe\""),
+            ("[host.\"https://a\"]\nfallback = \"never\"", "fallback"),
+            ("\n[host.\"https://a\"]\nproxy = \"socks5://u:p@x\"", "line 2: host"),
         ] {
             let error = read_one(text, "r.example").unwrap_err();
             assert!(
@@ -587,6 +667,33 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn the_registry_itself_is_left_out_where_nothing_may_fall_back_to_it() {
+        let all = |text: &str, fallback| {
+            let path = Path::new("/c/hosts.toml");
+            let hosts = parse(path, text, "r.example", fallback).unwrap();
+            hosts.iter().map(|host| host.url.to_string()).collect::<Vec<_>>()
+        };
+        let mirror = "[host.\"https://m.example\"]\n";
+        let (m, r) = ("https://m.example/v2", "https://r.example/v2");
+        assert_eq!(all(mirror, Fallback::Origin), [m, r]);
+        assert_eq!(all(mirror, Fallback::Never), [m]);
+        assert_eq!(all(&format!("fallback = \"never\"\n{mirror}"), Fallback::Origin), [m]);
+        assert_eq!(all(&format!("fallback = \"origin\"\n{mirror}"), Fallback::Never), [m, r]);
+        assert_eq!(all("fallback = \"never\"", Fallback::Origin), [r]);
+        let other = format!("server = \"https://s.example\"\n{mirror}");
+        assert_eq!(all(&other, Fallback::Never), [m, "https://s.example/v2"]);
+    }
+
+    #[test]
+    fn a_proxy_is_of_one_host() {
+        let text = "proxy = \"direct\"\n[host.\"https://a\"]\nproxy = \"http://u:secret@p:3128\"\n[host.\"https://b\"]\n";
+        let hosts = read_one(text, "r.example").unwrap();
+        let proxies: Vec<_> = hosts.iter().map(|host| format!("{:?}", host.proxy)).collect();
+        assert_eq!(proxies, ["http://[redacted]@p:3128", "environment", "direct"]);
+        assert!(!format!("{hosts:?}").contains("secret"));
     }
 
     #[test]
@@ -602,7 +709,7 @@ mod tests {
             let text = format!("server = \"{server}\"");
             std::fs::write(dir.join(name).join("hosts.toml"), text).unwrap();
         };
-        let ask = || urls(&hosts(&dirs, "r.example:5000").unwrap())[0].to_owned();
+        let ask = || urls(&hosts(&dirs, "r.example:5000", Fallback::Never).unwrap())[0].to_owned();
         assert_eq!(ask(), "https://r.example:5000/v2");
         write(two.path(), "_default", "http://d");
         assert_eq!(ask(), "http://d/v2");
@@ -620,13 +727,13 @@ mod tests {
         let own = dir.path().join("localhost:5000");
         std::fs::create_dir(&own).unwrap();
         assert_eq!(
-            urls(&hosts(&[dir.path().into()], "localhost:5000").unwrap()),
+            urls(&hosts(&[dir.path().into()], "localhost:5000", Fallback::Origin).unwrap()),
             ["http://localhost:5000/v2"]
         );
         for name in ["ca.crt", "us.cert", "us.key"] {
             std::fs::write(own.join(name), "").unwrap();
         }
-        let hosts = hosts(&[dir.path().into()], "localhost:5000").unwrap();
+        let hosts = hosts(&[dir.path().into()], "localhost:5000", Fallback::Origin).unwrap();
         assert_eq!(urls(&hosts), ["https://localhost:5000/v2"]);
         assert_eq!(hosts[0].tls.ca, [own.join("ca.crt")]);
         assert_eq!(

@@ -6,6 +6,8 @@
 use crate::digest::Digest;
 use crate::layer::LayerId;
 use crate::manifest::ImageConfig;
+use crate::pinned::Patterns;
+use crate::policy::Signature;
 use crate::reference::{Reference, image_id, is_lower_hex};
 use berth_store::Record;
 use serde::{Deserialize, Serialize};
@@ -55,6 +57,13 @@ pub(crate) struct ImageRecord {
     pub documents: BTreeSet<Digest>,
     #[serde(default)]
     pub pinned: bool,
+    /// Full forms of short names it was pulled by that mean another registry here: it is found
+    /// by them, where no image has them for a tag or digest.
+    #[serde(default)]
+    pub found_as: BTreeSet<String>,
+    /// What the policy wanted when it was pulled; it is checked again at each use.
+    #[serde(default)]
+    pub signatures: Vec<Signature>,
 }
 
 impl Record for ImageRecord {
@@ -64,7 +73,7 @@ impl Record for ImageRecord {
 
 impl ImageRecord {
     /// The image as callers see it.
-    pub fn image(&self) -> Image {
+    pub fn image(&self, pinned: &Patterns) -> Image {
         let (uid, username) = self.config.cri_user();
         Image {
             id: self.id.to_string(),
@@ -76,7 +85,12 @@ impl ImageRecord {
             layers: self.layers.clone(),
             uid,
             username,
-            pinned: self.pinned,
+            pinned: self.pinned
+                || self
+                    .repo_tags
+                    .iter()
+                    .chain(&self.repo_digests)
+                    .any(|name| pinned.matches(name)),
         }
     }
 }
@@ -86,14 +100,18 @@ impl ImageRecord {
 pub(crate) struct Images {
     pub by_id: BTreeMap<String, (Arc<ImageRecord>, Arc<Image>)>,
     by_name: BTreeMap<String, String>,
+    pinned: Arc<Patterns>,
 }
 
 impl Images {
-    /// From what is on disk.
-    pub fn new(records: impl IntoIterator<Item = ImageRecord>) -> Images {
+    /// From what is on disk; `pinned` are the names that are never offered to collection.
+    pub fn new(records: impl IntoIterator<Item = ImageRecord>, pinned: Arc<Patterns>) -> Images {
         let mut images = Images::default();
+        let mut found_as = Vec::new();
         for record in records {
-            let image = Arc::new(record.image());
+            let image = Arc::new(record.image(&pinned));
+            let id = |name: &String| (name.clone(), image.id.clone());
+            found_as.extend(record.found_as.iter().map(id));
             for name in record.repo_tags.iter().chain(&record.repo_digests) {
                 images.by_name.insert(name.clone(), image.id.clone());
             }
@@ -101,6 +119,10 @@ impl Images {
                 .by_id
                 .insert(image.id.clone(), (Arc::new(record), image));
         }
+        for (name, id) in found_as {
+            images.by_name.entry(name).or_insert(id);
+        }
+        images.pinned = pinned;
         images
     }
 
@@ -117,7 +139,7 @@ impl Images {
                 None => records.remove(&id.to_string()),
             };
         }
-        Images::new(records.into_values())
+        Images::new(records.into_values(), Arc::clone(&self.pinned))
     }
 
     /// The image `name` means: an ID with or without `sha256:`, the beginning of an ID if only
@@ -181,6 +203,8 @@ mod tests {
             manifest_digest: id,
             documents: BTreeSet::new(),
             pinned: false,
+            found_as: BTreeSet::new(),
+            signatures: Vec::new(),
         }
     }
 
@@ -191,7 +215,7 @@ mod tests {
         let a = record("a", &["docker.io/library/a:latest", "q.io/a:1"], &[&full]);
         let b = record("b", &["q.io/a:2"], &[]);
         let id = a.id.to_string();
-        let images = Images::new([a, b]);
+        let images = Images::new([a, b], Arc::default());
         for name in [
             "a",
             "a:latest",
@@ -223,12 +247,37 @@ mod tests {
     }
 
     #[test]
+    fn an_image_is_found_by_a_short_names_full_form_unless_another_has_it() {
+        let mut quay = record("quay", &["quay.example/a:latest"], &[]);
+        quay.found_as.insert("docker.io/library/a:latest".into());
+        let id = quay.id.to_string();
+        let images = Images::new([quay.clone()], Arc::default());
+        assert_eq!(images.find("a").map(|i| &*i.id), Some(&*id));
+        let hub = record("hub", &["docker.io/library/a:latest"], &[]);
+        let hub_id = hub.id.to_string();
+        for records in [[quay.clone(), hub.clone()], [hub, quay]] {
+            let images = Images::new(records, Arc::default());
+            assert_eq!(images.find("a").map(|i| &*i.id), Some(&*hub_id));
+        }
+    }
+
+    #[test]
+    fn images_are_pinned_by_their_names() {
+        let one = record("a", &["q.io/a:1"], &[]);
+        let two = record("b", &["q.io/b:1"], &[]);
+        let pinned = Arc::new(Patterns::new(["q.io/a*"]));
+        let images = Images::new([one, two], pinned);
+        assert!(images.find("q.io/a:1").unwrap().pinned);
+        assert!(!images.find("q.io/b:1").unwrap().pinned);
+    }
+
+    #[test]
     fn a_prefix_of_two_ids_means_neither() {
         let mut one = record("a", &[], &[]);
         let mut two = record("b", &[], &[]);
         one.id = format!("sha256:abcd{}", "0".repeat(60)).parse().unwrap();
         two.id = format!("sha256:abcd{}", "1".repeat(60)).parse().unwrap();
-        let images = Images::new([one, two]);
+        let images = Images::new([one, two], Arc::default());
         assert!(images.find("abcd").is_none());
         assert!(images.find("abcd1").is_some());
     }

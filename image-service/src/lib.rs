@@ -1,18 +1,31 @@
 #![forbid(unsafe_code)]
 
 pub mod auth;
+pub mod auth_file;
+mod clients;
 pub mod content;
+pub mod credentials;
 pub mod digest;
+pub mod disk;
+pub mod explain;
+mod flight;
 pub mod gc;
+mod health;
 pub mod hosts;
 pub mod image;
 pub mod layer;
 pub mod manifest;
+pub mod pinned;
+pub mod policy;
 pub mod progress;
+pub mod proxy;
 pub mod pull;
 pub mod reference;
+pub mod registries_conf;
 pub mod registry;
+mod retry;
 pub mod service;
 pub mod snapshot;
+pub mod sources;
 pub mod unpack;
 pub mod usage;

@@ -221,6 +221,11 @@ pub fn image_id(text: &str) -> Option<&str> {
     (digits.len() == 64 && is_lower_hex(digits)).then_some(digits)
 }
 
+/// True for what may stand between a registry and a tag: `team/app`.
+pub(crate) fn is_repository(text: &str) -> bool {
+    check_repository(text, text).is_ok()
+}
+
 /// True for text of the digits an image ID is made of.
 pub(crate) fn is_lower_hex(text: &str) -> bool {
     text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))

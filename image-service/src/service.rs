@@ -10,18 +10,26 @@
 //! `changes` and do nothing slow while they hold it but write records. Pulls lease the layers
 //! they rely on, and collection leaves alone what is leased, recorded or under a container.
 
-use crate::auth::Credentials;
+mod export;
+mod import;
+mod prune;
+mod pulling;
+mod repair;
+mod scrub;
+
 use crate::content::{Content, ContentError};
 use crate::digest::Digest;
 use crate::gc;
+use crate::hosts::Fallback;
 use crate::image::{Image, ImageRecord, Images};
 use crate::layer::{Store, StoreError};
 use crate::manifest::Platform;
-use crate::progress::{Progress, Stage};
-use crate::pull::{Documents, Job, PullError};
-use crate::reference::Reference;
-use crate::registry::{Registry, Timeouts};
+use crate::pinned::Patterns;
+use crate::proxy::ProxyEnvironment;
+use crate::pull::{self, Documents, PullError};
+use crate::registry::{Registries, Timeouts};
 use crate::snapshot::{self, IdMap, SnapshotError, Snapshots};
+use crate::sources::RegistryFiles;
 use crate::usage::{self, FsUsage};
 use arc_swap::ArcSwap;
 use berth_store::atomic_file::{self, Durability};
@@ -33,7 +41,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::Semaphore;
+
+pub use export::ExportError;
+pub use import::{ImportError, ImportOptions, Imported};
+pub use prune::Pruned;
+use repair::Incomplete;
+pub use repair::Verified;
+pub use scrub::Scrubbing;
 
 /// Where images are and how they are pulled.
 #[derive(Clone, Debug)]
@@ -44,6 +59,22 @@ pub struct Settings {
     pub containers: PathBuf,
     /// Directories in the format of [`crate::hosts`], searched in order.
     pub certs_d: Vec<PathBuf>,
+    /// A file in the format of [`crate::registries_conf`], with drop-ins beside it.
+    pub registries_conf: Option<PathBuf>,
+    /// The node's own credentials, in the format of Docker's config.json.
+    pub auth_file: Option<PathBuf>,
+    /// Which images are accepted, in the format of [`crate::policy`].
+    pub policy: Option<PathBuf>,
+    /// Whether a registry is asked that has mirrors, where its hosts.toml says nothing of it.
+    pub fallback: Fallback,
+    /// The daemon's proxies.
+    pub proxies: ProxyEnvironment,
+    /// Images that are never offered to collection.
+    pub pinned: Patterns,
+    /// How many pulls run at a time; the others wait for their turn.
+    pub max_pulls: usize,
+    /// How many layers are fetched at a time, over all pulls.
+    pub max_layers: usize,
     /// How many layers of one image are fetched at a time; 3 unless said otherwise.
     pub max_layer_downloads: usize,
     /// Refuses a layer whose archive has more bytes, uncompressed; `None`: the disk decides.
@@ -63,6 +94,14 @@ impl Settings {
             lib,
             containers,
             certs_d: Vec::new(),
+            registries_conf: None,
+            auth_file: None,
+            policy: None,
+            fallback: Fallback::Origin,
+            proxies: ProxyEnvironment::default(),
+            pinned: Patterns::default(),
+            max_pulls: 16,
+            max_layers: 8,
             max_layer_downloads: 3,
             max_layer_bytes: Some(MAX_LAYER_BYTES),
             timeouts: Timeouts::default(),
@@ -160,21 +199,6 @@ impl From<RecordError> for CommitError {
     }
 }
 
-type Outcome = Result<Pulled, Arc<PullError>>;
-
-/// Pulls that give the same to everybody who waits for them.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key {
-    reference: Reference,
-    // Another's secret must not open an image for those who have none.
-    credentials: Option<Credentials>,
-}
-
-struct Running {
-    outcome: watch::Receiver<Option<Outcome>>,
-    progress: Progress,
-}
-
 struct Inner {
     settings: Settings,
     machine: Platform,
@@ -182,9 +206,15 @@ struct Inner {
     layers: Store,
     snapshots: Snapshots,
     images: ArcSwap<Images>,
+    /// Images with a layer that is gone or damaged: not listed, and kept so that the next pull
+    /// fetches no more than that layer.
+    incomplete: Mutex<Incomplete>,
     /// Held while records change.
     changes: Mutex<()>,
-    running: Mutex<HashMap<Key, Running>>,
+    running: Mutex<HashMap<pulling::Key, pulling::Running>>,
+    registries: Arc<Registries>,
+    pulls: Arc<pull::Shared>,
+    pull_permits: Semaphore,
 }
 
 /// The images of this node. Clones are the same service.
@@ -216,15 +246,20 @@ impl ImageService {
         let content = Content::open(&settings.lib.join("content"))?;
         let layers = Store::open(&settings.lib.join("layers"))?;
         let snapshots = Snapshots::open(&settings.containers, &layers)?;
-        let images = load(&records, &layers)?;
+        let (images, incomplete) = load(&records, &layers, &settings.pinned)?;
+        import::remove_leftovers(&settings.lib)?;
         Ok(ImageService(Arc::new(Inner {
             machine: Platform::host(),
             content: Arc::new(content),
             layers,
             snapshots,
             images: ArcSwap::from_pointee(images),
+            incomplete: Mutex::new(incomplete),
             changes: Mutex::default(),
             running: Mutex::default(),
+            registries: Registries::new(registry_files(&settings), settings.timeouts),
+            pulls: pull::Shared::new(settings.max_layers),
+            pull_permits: Semaphore::new(settings.max_pulls.clamp(1, Semaphore::MAX_PERMITS)),
             settings,
         })))
     }
@@ -239,74 +274,6 @@ impl ImageService {
     /// reference by tag or by digest, short or long. Never waits.
     pub fn find(&self, name: &str) -> Option<Arc<Image>> {
         self.0.images.load().find(name).map(Arc::clone)
-    }
-
-    /// Pulls `reference`, or joins the pull of the same with the same credentials that is
-    /// running. The pull goes on when the caller does not wait for it any more.
-    ///
-    /// # Errors
-    /// [`PullError`], shared by all who waited; nothing is listed then that was not before.
-    pub async fn pull(
-        &self,
-        reference: &str,
-        credentials: Option<Credentials>,
-        progress: &Progress,
-    ) -> Result<Pulled, Arc<PullError>> {
-        let reference: Reference = reference
-            .parse()
-            .map_err(|error| Arc::new(PullError::from(error)))?;
-        let image = reference.to_string();
-        let mut outcome = self.join_or_begin(reference, credentials, progress);
-        match outcome.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone().expect("waited for it to be there"),
-            Err(_) => Err(Arc::new(PullError::Aborted { image })),
-        }
-    }
-
-    fn join_or_begin(
-        &self,
-        reference: Reference,
-        credentials: Option<Credentials>,
-        progress: &Progress,
-    ) -> watch::Receiver<Option<Outcome>> {
-        let key = Key {
-            reference,
-            credentials,
-        };
-        let mut running = lock(&self.0.running);
-        if let Some(running) = running.get(&key) {
-            progress.follow(&running.progress);
-            return running.outcome.clone();
-        }
-        let (sender, outcome) = watch::channel(None);
-        running.insert(
-            key.clone(),
-            Running {
-                outcome: outcome.clone(),
-                progress: progress.clone(),
-            },
-        );
-        let flight = Flight {
-            service: self.clone(),
-            key,
-            progress: progress.clone(),
-        };
-        tokio::spawn(async move {
-            let result = flight.run().await.map_err(Arc::new);
-            // Not to be joined any more once its outcome is known.
-            drop(flight);
-            sender.send_replace(Some(result));
-        });
-        outcome
-    }
-
-    /// The pulls that are running: the reference of each, and how far it is.
-    pub fn running_pulls(&self) -> Vec<(String, Progress)> {
-        let running = lock(&self.0.running);
-        let pulls = running.iter();
-        pulls
-            .map(|(key, pull)| (key.reference.to_string(), pull.progress.clone()))
-            .collect()
     }
 
     /// Removes the image `name` means, under all its names, and frees what nothing else uses.
@@ -325,6 +292,7 @@ impl ImageService {
         {
             let _alone = lock(&self.0.changes);
             let Some(image) = self.find(name) else {
+                self.remove_incomplete(name)?;
                 return Ok(false);
             };
             let images = self.0.images.load_full();
@@ -350,13 +318,16 @@ impl ImageService {
             let _alone = lock(&self.0.changes);
             let images = self.0.images.load_full();
             let records = images.by_id.values().map(|(record, _)| record);
-            let kept: HashSet<Digest> = records.flat_map(|r| r.documents.clone()).collect();
+            let mut kept: HashSet<Digest> = records.flat_map(|r| r.documents.clone()).collect();
+            kept.extend(self.incomplete_documents());
             for error in self.0.content.retain(&kept) {
                 warn(&error, "a manifest nobody uses is not removed, later");
             }
         }
         let collected = gc::collect(&self.0.layers, || {
             let mut used = self.0.snapshots.references()?;
+            self.0.layers.remove_superseded(&used);
+            used.extend(self.incomplete_layers());
             let images = self.0.images.load_full();
             let records = images.by_id.values().map(|(record, _)| record);
             used.extend(records.flat_map(|record| record.layers.clone()));
@@ -374,8 +345,13 @@ impl ImageService {
 
     /// What the images take of their file system. Never waits for the disk.
     pub fn fs_usage(&self) -> FsUsage {
-        let (bytes, files) = self.0.content.sums();
-        usage::of_images(&self.0.layers, bytes, files)
+        let records = self.0.images.load().by_id.len() + lock(&self.0.incomplete).len();
+        usage::of_images(
+            &self.0.settings.lib,
+            &self.0.layers,
+            self.0.content.sums(),
+            records as u64,
+        )
     }
 
     /// Makes the writable layer of a container above an image's layers and keeps those from
@@ -520,7 +496,10 @@ impl ImageService {
             new.repo_digests.extend(old.repo_digests.iter().cloned());
             new.documents.extend(old.documents.iter().cloned());
             new.pinned |= old.pinned;
+            new.found_as.extend(old.found_as.iter().cloned());
+            pulling::keep_signatures(&mut new.signatures, &old.signatures);
         }
+        self.take_names_of_incomplete(&mut new, &images);
         // An image loses its tag before another has it: never do two claim it.
         let mut losers: BTreeMap<Digest, ImageRecord> = BTreeMap::new();
         for tag in &new.repo_tags {
@@ -534,6 +513,18 @@ impl ImageService {
                     .remove(tag);
             }
         }
+        for name in &new.found_as {
+            if let Some(owner) = images.tagged(name)
+                && owner.id != new.id
+                && owner.found_as.contains(name)
+            {
+                losers
+                    .entry(owner.id.clone())
+                    .or_insert_with(|| (**owner).clone())
+                    .found_as
+                    .remove(name);
+            }
+        }
         let mut changes = Vec::new();
         for (id, loser) in losers {
             record::save(&self.record_path(&id), &loser, Durability::PowerCut)?;
@@ -542,69 +533,22 @@ impl ImageService {
         crash::point("pull_image.before_record");
         record::save(&self.record_path(&new.id), &new, Durability::PowerCut)?;
         changes.push((new.id.clone(), Some(new)));
+        for (id, _) in &changes {
+            lock(&self.0.incomplete).remove(id);
+        }
         self.0.images.store(Arc::new(images.with(&changes)));
         crash::point("pull_image.after_record");
         Ok(())
     }
 }
 
-/// A running pull; dropping it ends its being joined.
-struct Flight {
-    service: ImageService,
-    key: Key,
-    progress: Progress,
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        lock(&self.service.0.running).remove(&self.key);
-        self.progress.enter(Stage::Done);
-    }
-}
-
-impl Flight {
-    async fn run(&self) -> Result<Pulled, PullError> {
-        let service = &self.service.0;
-        let reference = self.key.reference.clone();
-        let image = reference.to_string();
-        let registry = Registry::open(
-            &reference,
-            &service.settings.certs_d,
-            self.key.credentials.clone(),
-            service.settings.timeouts,
-        )
-        .await
-        .map_err(|error| PullError::from_registry("manifest", &image, error))?;
-        let job = Arc::new(Job {
-            reference,
-            registry: Arc::new(registry),
-            content: Arc::clone(&service.content),
-            layers: service.layers.clone(),
-            machine: service.machine.clone(),
-            max_layer_downloads: service.settings.max_layer_downloads,
-            max_layer_bytes: service.settings.max_layer_bytes,
-            progress: self.progress.clone(),
-        });
-        let described = job.describe().await?;
-        let fetched = job.fetch(described).await?;
-        let image_id = fetched.record.id.to_string();
-        self.progress.enter(Stage::Record);
-        let service = self.service.clone();
-        // The layers' lease ends with `fetched`, after the record names them.
-        let committed = tokio::task::spawn_blocking(move || {
-            let documents = &fetched.documents;
-            service.commit(fetched.record.clone(), documents)
-        });
-        committed
-            .await
-            .map_err(|_| PullError::Aborted {
-                image: image.clone(),
-            })?
-            .map_err(|error| error.of(image))?;
-        Ok(Pulled {
-            image_id,
-            bytes: self.progress.bytes(),
-        })
+fn registry_files(settings: &Settings) -> RegistryFiles {
+    RegistryFiles {
+        certs_d: settings.certs_d.clone(),
+        registries_conf: settings.registries_conf.clone(),
+        auth_file: settings.auth_file.clone(),
+        fallback: settings.fallback,
+        proxies: settings.proxies.clone(),
     }
 }
 
@@ -612,7 +556,7 @@ fn warn(error: &(dyn StdError + 'static), what: &'static str) {
     tracing::warn!(error, what);
 }
 
-fn load(dir: &Path, layers: &Store) -> Result<Images, OpenError> {
+fn load(dir: &Path, layers: &Store, pinned: &Patterns) -> Result<(Images, Incomplete), OpenError> {
     let io = |action| {
         move |source| OpenError::Io {
             action,
@@ -621,6 +565,7 @@ fn load(dir: &Path, layers: &Store) -> Result<Images, OpenError> {
         }
     };
     let mut records = Vec::new();
+    let mut incomplete = Incomplete::default();
     for entry in std::fs::read_dir(dir).map_err(io("list"))? {
         let entry = entry.map_err(io("list"))?;
         let name = entry.file_name();
@@ -642,16 +587,20 @@ fn load(dir: &Path, layers: &Store) -> Result<Images, OpenError> {
                 continue;
             }
         };
-        let missing = record.layers.iter().find(|id| !layers.has(id));
-        if record.id.hex() != hex || missing.is_some() {
+        if record.id.hex() != hex {
+            tracing::warn!(image = %record.id, "an image's record has another's name");
+            continue;
+        }
+        if let Some(missing) = record.layers.iter().find(|id| !layers.has(id)) {
             tracing::warn!(
                 image = %record.id,
-                missing = ?missing,
+                %missing,
                 "an image is not whole, it must be pulled again"
             );
+            incomplete.put(record);
             continue;
         }
         records.push(record);
     }
-    Ok(Images::new(records))
+    Ok((Images::new(records, Arc::new(pinned.clone())), incomplete))
 }

@@ -4,9 +4,10 @@ use crate::convert::{Field, image};
 use crate::daemon::Daemon;
 use crate::rpc;
 use berth_image_service::auth::Credentials;
-use berth_image_service::pull::PullError;
-use berth_image_service::registry::RegistryError;
+use berth_image_service::disk;
+use berth_image_service::pull::{Kind, PullError};
 use berth_proto::runtime_v1 as cri;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use tonic::{Code, Status};
@@ -35,7 +36,7 @@ pub async fn pull_image(
         }
         Err(error) => {
             daemon.metrics.pull(begun.elapsed(), 0, false);
-            Err(status(&error))
+            Err(status(&error, &daemon.places.lib))
         }
     }
 }
@@ -51,37 +52,40 @@ fn credentials(auth: cri::AuthConfig) -> Credentials {
     }
 }
 
-/// What the registry's answer is in gRPC's terms.
-fn registry_code(error: &RegistryError) -> Code {
-    match error {
-        RegistryError::NotFound { .. } => Code::NotFound,
-        RegistryError::Unauthorized { .. } => Code::Unauthenticated,
-        RegistryError::Denied { .. } => Code::PermissionDenied,
-        RegistryError::TooManyRequests { .. } => Code::ResourceExhausted,
-        RegistryError::Server { .. }
-        | RegistryError::Tls { .. }
-        | RegistryError::Unreachable { .. }
-        | RegistryError::Stalled { .. } => Code::Unavailable,
-        RegistryError::TooLarge { .. } | RegistryError::Length { .. } => Code::DataLoss,
-        RegistryError::Status { .. } | RegistryError::Redirect { .. } => Code::Unknown,
-        RegistryError::Credentials(_) => Code::InvalidArgument,
-        RegistryError::NoHost { .. }
-        | RegistryError::Hosts { .. }
-        | RegistryError::Certificate { .. }
-        | RegistryError::Client { .. } => Code::FailedPrecondition,
+/// What the kubelet recognises at the beginning of a message and shows as the reason; only
+/// under the code UNKNOWN, of which it takes the code away. Source: k8s.io/cri-api
+/// `pkg/errors`; kubelet `remote_image.go`, `image_manager.go`.
+const REGISTRY_UNAVAILABLE: &str = "RegistryUnavailable";
+const SIGNATURE_VALIDATION_FAILED: &str = "SignatureValidationFailed";
+
+fn status(error: &PullError, lib: &Path) -> Status {
+    let chain = rpc::chain(error);
+    if disk::is_full(error) {
+        let full = disk::describe(lib);
+        return Status::resource_exhausted(format!("{chain}; {full}"));
+    }
+    let (code, prefix) = match error.kind() {
+        Kind::Invalid => (Code::InvalidArgument, None),
+        Kind::NotFound => (Code::NotFound, None),
+        Kind::Unauthorized => (Code::Unauthenticated, None),
+        Kind::Denied => (Code::PermissionDenied, None),
+        Kind::TooManyRequests | Kind::Unavailable => (Code::Unknown, Some(REGISTRY_UNAVAILABLE)),
+        Kind::Untrusted => (Code::Unknown, Some(SIGNATURE_VALIDATION_FAILED)),
+        Kind::Configuration => (Code::FailedPrecondition, None),
+        Kind::BadImage => (bad_image_code(error), None),
+        Kind::Local => (Code::Internal, None),
+    };
+    match prefix {
+        Some(prefix) => Status::new(code, format!("{prefix}: {chain}")),
+        None => Status::new(code, chain),
     }
 }
 
-fn status(error: &PullError) -> Status {
-    let code = match error {
-        PullError::Reference(_) => Code::InvalidArgument,
-        PullError::Registry { source, .. } => registry_code(source),
-        PullError::Wrong { .. } => Code::DataLoss,
-        PullError::Manifest { .. } | PullError::Unpack { .. } => Code::FailedPrecondition,
-        PullError::Layers { .. }
-        | PullError::Content { .. }
-        | PullError::Record { .. }
-        | PullError::Aborted { .. } => Code::Internal,
-    };
-    Status::new(code, rpc::chain(error))
+/// DATA_LOSS for bytes that are not what their digest or length says, FAILED_PRECONDITION for an
+/// image that is what it says and cannot be used.
+fn bad_image_code(error: &PullError) -> Code {
+    match error {
+        PullError::Registry { .. } | PullError::Wrong { .. } => Code::DataLoss,
+        _ => Code::FailedPrecondition,
+    }
 }

@@ -100,6 +100,7 @@ fn settings(dir: &Path) -> Settings {
     settings.timeouts = Timeouts {
         connect: Duration::from_secs(2),
         no_progress: Duration::from_secs(2),
+        ..Timeouts::default()
     };
     settings
 }
