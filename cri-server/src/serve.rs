@@ -278,6 +278,7 @@ pub fn cgroup_settings(config: &Config) -> cgroup::Settings {
             config::CgroupDriver::Systemd => cgroup::DriverChoice::Systemd,
         },
         default_parent: config.cgroup.parent.clone(),
+        memory_guard: config.cgroup.memory_guard,
         ..cgroup::Settings::default()
     }
 }

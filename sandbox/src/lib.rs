@@ -17,6 +17,7 @@ pub mod image;
 pub mod launch;
 pub mod monitor;
 pub mod oci;
+pub mod oom;
 pub mod operation;
 pub mod pod;
 pub mod pod_files;

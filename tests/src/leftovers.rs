@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Where a node's traces are: enough to find and to remove them, also after the
 /// test that made them was killed.
@@ -126,6 +127,11 @@ impl Footprint {
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
+        let slice = format!("{}.slice", self.cgroup);
+        if Path::new("/sys/fs/cgroup").join(&slice).exists() {
+            // systemd's own to remove, with all the slices in it.
+            _ = Command::new("systemctl").args(["stop", &slice]).status();
+        }
         for mount in self.mounts().iter().rev() {
             _ = umount2(mount, MntFlags::MNT_DETACH);
         }
@@ -158,10 +164,11 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
             .iter()
             .map(|m| format!("mount {}", m.display())),
     );
-    let parent = std::ffi::OsStr::new(&footprint.cgroup);
+    let slice = format!("{}.slice", footprint.cgroup);
     for dir in footprint.cgroups() {
         // The parent itself is made once and stays.
-        if dir.file_name() != Some(parent) {
+        let name = dir.file_name().and_then(|name| name.to_str());
+        if name != Some(&footprint.cgroup) && name != Some(&slice) {
             left.push(format!("cgroup {}", dir.display()));
         }
     }
@@ -240,7 +247,10 @@ pub fn processes_of(cgroup: &Path) -> Vec<i32> {
 
 fn find_folder(dir: &Path, name: &str, depth: usize, found: &mut Vec<PathBuf>) {
     for child in folders(dir) {
-        if child.file_name().is_some_and(|n| n == name) {
+        let slice = child
+            .file_name()
+            .and_then(|n| n.to_str()?.strip_suffix(".slice"));
+        if child.file_name().is_some_and(|n| n == name) || slice == Some(name) {
             found.push(child);
         } else if depth > 0 {
             find_folder(&child, name, depth - 1, found);

@@ -52,6 +52,8 @@ pub struct Node {
 pub struct Options {
     /// More lines of config.toml.
     config: String,
+    /// More lines of its section cgroup.
+    cgroup: String,
     crash_at: Option<String>,
 }
 
@@ -59,6 +61,14 @@ impl Options {
     #[must_use]
     pub fn config(mut self, toml: &str) -> Self {
         self.config.push_str(toml);
+        self
+    }
+
+    /// A line of the section cgroup, which the node writes itself.
+    #[must_use]
+    pub fn cgroup(mut self, line: &str) -> Self {
+        self.cgroup.push_str(line);
+        self.cgroup.push('\n');
         self
     }
 
@@ -71,7 +81,7 @@ impl Options {
     /// # Panics
     /// When the daemon does not come up.
     pub fn start(self) -> Node {
-        let node = Node::prepare(&self.config);
+        let node = Node::prepare_with(&self.config, &self.cgroup);
         node.launch(self.crash_at.as_deref());
         node
     }
@@ -97,6 +107,10 @@ impl Node {
 
     /// Everything but the daemon.
     pub fn prepare(config: &str) -> Self {
+        Self::prepare_with(config, "")
+    }
+
+    fn prepare_with(config: &str, cgroup: &str) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests need root: they run containers"
@@ -115,7 +129,11 @@ impl Node {
         fs::create_dir_all(root.join("etc")).expect("cannot make the node's etc");
         fs::write(
             root.join("etc/config.toml"),
-            format!("{config}\n[cgroup]\nparent = \"/{}\"\n", footprint.cgroup),
+            format!(
+                "{config}\n[cgroup]\nparent = \"/{}\"\n{}{cgroup}",
+                footprint.cgroup,
+                driver()
+            ),
         )
         .expect("cannot write config.toml");
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -620,6 +638,21 @@ const PREFIX: &str = "berth-test-";
 /// The name of a node's cgroup: without dashes, which would nest a systemd slice.
 fn cgroup_of(name: &str) -> String {
     name.replace('-', "_")
+}
+
+/// The cgroup driver that `BERTH_TEST_CGROUP_DRIVER` asks for, as a line of config.toml.
+fn driver() -> String {
+    std::env::var("BERTH_TEST_CGROUP_DRIVER")
+        .map(|driver| format!("driver = \"{driver}\"\n"))
+        .unwrap_or_default()
+}
+
+/// Whether the daemon makes cgroups through systemd here.
+pub fn is_systemd_driver() -> bool {
+    match std::env::var("BERTH_TEST_CGROUP_DRIVER") {
+        Ok(driver) => driver == "systemd",
+        Err(_) => is_cgroup_v2() && Path::new("/run/systemd/private").exists(),
+    }
 }
 
 /// Whether the machine has the unified hierarchy with every controller.

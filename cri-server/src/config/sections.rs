@@ -216,11 +216,14 @@ sections! {
 
     /// Control groups.
     cgroup: Cgroup {
-        /// "auto", "cgroupfs" or "systemd". auto: the one that suits this node, found out at start;
-        /// today that is cgroupfs everywhere. The kubelet learns it from RuntimeConfig.
+        /// "auto", "cgroupfs" or "systemd". auto: systemd where that is process 1 and cgroup v2 is
+        /// mounted, else cgroupfs. The kubelet learns it from RuntimeConfig.
         driver: CgroupDriver = CgroupDriver::Auto;
-        /// Parent of pods whose request names none.
+        /// Parent of pods whose request names none. With systemd "/berth" stands for berth.slice.
         parent: String = "/berth".to_owned();
+        /// Whether a memory limit below what a container uses is refused, as the kernel of cgroup
+        /// v1 does by itself; that of v2 would kill it.
+        memory_guard: bool = true;
     }
 
     /// The process that watches over one pod.

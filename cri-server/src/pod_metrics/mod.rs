@@ -7,5 +7,5 @@
 mod families;
 mod samples;
 
-pub use families::{Family, descriptors};
+pub use families::descriptors;
 pub use samples::{FileSystem, container, pod};

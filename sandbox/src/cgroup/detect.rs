@@ -6,7 +6,7 @@ use super::{
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, RwLock};
 
 /// Super block options of a cgroup mount that are not controllers.
 const OPTIONS: [&str; 12] = [
@@ -88,6 +88,7 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         hierarchies,
         unified,
         systemd: systemd::Systemd::default(),
+        slices: RwLock::default(),
         ours: Mutex::default(),
     })
 }

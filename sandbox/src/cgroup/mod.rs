@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 /// What can go wrong; the system's words are the `source`.
@@ -196,6 +196,8 @@ pub struct Cgroups {
     hierarchies: Vec<Hierarchy>,
     unified: Option<Unified>,
     systemd: systemd::Systemd,
+    /// Held to read while something is started in a slice, to write while one is stopped.
+    slices: RwLock<()>,
     /// Directories of pods that Berth made, so also its to remove: kept here because several
     /// pods may share one, and the last to go is not the one that made it.
     ours: Mutex<BTreeSet<PathBuf>>,
@@ -333,36 +335,43 @@ impl Cgroups {
     fn ensure_slice(&self, parent: &str) -> Result<Parent, Error> {
         let slice = self.slice(parent)?;
         let path = path::normal(&systemd::path_of_slice(slice))?;
-        let directories: Vec<PathBuf> = self.prefixes(&path).collect();
-        let missing: Vec<PathBuf> = directories
-            .iter()
-            .filter(|directory| !directory.exists())
-            .cloned()
-            .collect();
-        if let Some(innermost) = missing.last() {
+        let Some(directory) = self.prefixes(&path).last() else {
+            return Ok(Parent {
+                path,
+                made: Vec::new(),
+            });
+        };
+        // Starting one and stopping one must not meet, see `remove_slices`.
+        let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
+        let mut ours = BTreeSet::new();
+        if !directory.exists() {
             self.systemd.start_slice(slice)?;
-            systemd::until_there(innermost)?;
+            systemd::until_there(&directory)?;
+            ours.insert(directory.clone());
         }
-        let mut ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
-        ours.extend(missing);
-        let made = directories
-            .into_iter()
-            .filter(|directory| ours.contains(directory))
-            .collect();
-        Ok(Parent { path, made })
+        let mut known = self.ours.lock().unwrap_or_else(PoisonError::into_inner);
+        known.append(&mut ours);
+        let made = known.get(&directory).cloned();
+        Ok(Parent {
+            path,
+            made: made.into_iter().collect(),
+        })
     }
 
-    /// Stops the slices that Berth started and nothing is in any more.
+    /// Stops a pod's slice, where Berth started it and nothing is in it any more. The slices
+    /// that one is in stay: systemd would stop with them what has just begun in there.
     fn remove_slices(&self, parent: &Parent) -> Result<(), Error> {
         for directory in parent.made.iter().rev() {
+            let Some(unit) = directory.file_name().and_then(|name| name.to_str()) else {
+                continue;
+            };
+            // Nothing is started between the look and the stop.
+            let _stopping = self.slices.write().unwrap_or_else(PoisonError::into_inner);
             let inhabited = std::fs::read_dir(directory).is_ok_and(|entries| {
                 entries
                     .flatten()
                     .any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             });
-            let Some(unit) = directory.file_name().and_then(|name| name.to_str()) else {
-                continue;
-            };
             if inhabited {
                 // Another pod's: that one's record owns it as well.
                 continue;
@@ -391,6 +400,7 @@ impl Cgroups {
             return Ok(());
         };
         let slice = cgroup.path.rsplit('/').nth(1).unwrap_or_default();
+        let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
         self.systemd.start_scope(unit, slice, holder, resources)?;
         systemd::until_entered(holder, &cgroup.path)?;
         systemd::until_there(directory)?;

@@ -150,7 +150,8 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
                 ..
             }) => {
                 started_first(inner, container, *started_at).await;
-                Some(exit_event(exited))
+                let event = exit_event(exited);
+                Some(inner.explain(&container.id, event, exited.oom_kills).await)
             }
             Some(running) if container.state == ContainerState::Starting => {
                 Some(ContainerEvent::Started {
@@ -285,7 +286,10 @@ pub(super) async fn container_exited(inner: &Arc<Inner>, exited: &monitor_v1::Ex
     inner.log_ended(exited);
     // The answer to its start may still be on the way.
     inner.launched(&id).await;
-    match inner.container_event(&id, exit_event(exited)).await {
+    let event = inner
+        .explain(&id, exit_event(exited), exited.oom_kills)
+        .await;
+    match inner.container_event(&id, event).await {
         Ok(container) => {
             tracing::info!(container = %id, pod = %container.pod, code = exited.exit_code,
                 oom_kills = exited.oom_kills, "container ended");
@@ -369,25 +373,26 @@ async fn monitor_lost(inner: &Arc<Inner>, pod: &PodId) {
 fn exit_event(exited: &monitor_v1::Exited) -> ContainerEvent {
     ContainerEvent::Exited {
         at: exited.finished_at,
-        exit: exit(exited.exit_code, exited.oom_kills),
+        exit: exit(exited.exit_code, exited.signal, exited.oom_kills),
     }
 }
 
 /// The reason peers report: OOMKilled when the kernel killed anything of the
 /// container for memory, else by the exit code.
-fn exit(code: i32, oom_kills: u64) -> Exit {
+fn exit(code: i32, signal: i32, oom_kills: u64) -> Exit {
     let (reason, message) = if oom_kills > 0 && code != 0 {
-        let times = if oom_kills == 1 {
-            String::new()
-        } else {
-            format!(", {oom_kills} times")
+        let kills = match oom_kills {
+            1 => "one process was".to_owned(),
+            kills => format!("{kills} processes were"),
         };
         (
             "OOMKilled",
-            format!("the container's memory limit was hit and the kernel killed{times}"),
+            format!("memory ran out; {kills} killed by the kernel"),
         )
     } else if code == 0 {
         ("Completed", String::new())
+    } else if signal != 0 {
+        ("Error", format!("ended by {}", signal_name(signal)))
     } else {
         ("Error", String::new())
     };
@@ -398,14 +403,57 @@ fn exit(code: i32, oom_kills: u64) -> Exit {
     }
 }
 
+/// "SIGSEGV"; "signal 40" for those without a name.
+fn signal_name(signal: i32) -> String {
+    let named = rustix::process::Signal::from_named_raw(signal);
+    named.map_or_else(
+        || format!("signal {signal}"),
+        |named| {
+            // "Signal::SEGV" as the type prints itself.
+            let text = format!("{named:?}");
+            format!("SIG{}", text.rsplit("::").next().unwrap_or_default())
+        },
+    )
+}
+
 impl Inner {
+    /// Says of an end for want of memory whose limit it was, as long as the cgroups can tell.
+    async fn explain(
+        self: &Arc<Self>,
+        id: &ContainerId,
+        event: ContainerEvent,
+        kills: u64,
+    ) -> ContainerEvent {
+        let ContainerEvent::Exited { at, mut exit } = event else {
+            return event;
+        };
+        let container = self.objects.view().container(id.as_str()).cloned();
+        if let Some(container) = container
+            && exit.reason == "OOMKilled"
+        {
+            let me = self.clone();
+            let report = blocking(move || {
+                let resources = &container.spec.resources;
+                Ok(container
+                    .cgroup
+                    .as_ref()
+                    .map(|cgroup| crate::oom::report(&me.cgroups, cgroup, resources, kills)))
+            });
+            // Without one the plain sentence stays.
+            if let Ok(Some(report)) = report.await {
+                exit.message = report;
+            }
+        }
+        ContainerEvent::Exited { at, exit }
+    }
+
     /// What the monitor has written about a container's end. Blocking, but only
     /// for a small file.
     pub(super) fn recorded_exit(&self, pod: &PodId, id: &ContainerId) -> Option<ContainerEvent> {
         match record::load::<ExitRecord>(&self.objects.exit_path(pod, id)) {
             Ok(record) => Some(ContainerEvent::Exited {
                 at: record.finished_at_ns,
-                exit: exit(record.exit_code, record.oom_kills),
+                exit: exit(record.exit_code, record.signal, record.oom_kills),
             }),
             Err(error) if error.is_absent() => None,
             Err(error) => {
@@ -423,10 +471,12 @@ mod tests {
 
     #[test]
     fn the_reason_follows_from_code_and_oom_kills() {
-        assert_eq!(exit(0, 0).reason, "Completed");
-        assert_eq!(exit(1, 0).reason, "Error");
-        assert_eq!(exit(137, 1).reason, "OOMKilled");
+        assert_eq!(exit(0, 0, 0).reason, "Completed");
+        assert_eq!(exit(1, 0, 0).reason, "Error");
+        assert_eq!(exit(137, 9, 1).reason, "OOMKilled");
+        assert_eq!(exit(139, 11, 0).message, "ended by SIGSEGV");
+        assert_eq!(exit(168, 40, 0).message, "ended by signal 40");
         // A child was killed and the first process coped with it.
-        assert_eq!(exit(0, 1).reason, "Completed");
+        assert_eq!(exit(0, 0, 1).reason, "Completed");
     }
 }

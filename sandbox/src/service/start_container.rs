@@ -254,13 +254,36 @@ impl Drop for Launching<'_> {
 
 /// A monitor's refusal as a user understands it.
 pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
-    const ENOENT: i32 = 2;
+    const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
+    const EACCES: i32 = rustix::io::Errno::ACCESS.raw_os_error();
+    const ENOEXEC: i32 = rustix::io::Errno::NOEXEC.raw_os_error();
+    const ENOTDIR: i32 = rustix::io::Errno::NOTDIR.raw_os_error();
+    if let MonitorError::Refused {
+        stage,
+        errno,
+        detail,
+        not_found: false,
+    } = &error
+    {
+        let why = match (stage.as_str(), *errno) {
+            ("exec", ENOENT) if detail.contains('/') => {
+                "no such file in the image, or the interpreter it names is not there"
+            }
+            ("exec", ENOENT) => "no such program in the directories of PATH",
+            ("exec", EACCES) => "permission denied: not a program that this user may run",
+            ("exec", ENOEXEC) => {
+                "not a program for this machine: another architecture, or a script without #!"
+            }
+            ("chdir", ENOENT | ENOTDIR) => "the working directory is not there",
+            ("chdir", EACCES) => "this user may not enter the working directory",
+            _ => "",
+        };
+        if !why.is_empty() {
+            let text = format!("{text}: {stage}: {detail}: {why}");
+            return SandboxError::new(Kind::Missing, text);
+        }
+    }
     let kind = match &error {
-        MonitorError::Refused {
-            errno: ENOENT,
-            stage,
-            ..
-        } if stage == "exec" => Kind::Missing,
         MonitorError::Refused {
             not_found: true, ..
         } => Kind::WrongState,
@@ -273,4 +296,30 @@ pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
         | MonitorError::TooLarge { .. } => Kind::Internal,
     };
     SandboxError::caused(kind, text, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_cannot_be_run_says_why() {
+        let refused = |stage: &str, errno, detail: &str| {
+            let error = MonitorError::Refused {
+                stage: stage.into(),
+                errno,
+                detail: detail.into(),
+                not_found: false,
+            };
+            launch_error(error, "cannot start the container").chain()
+        };
+        assert!(
+            refused("exec", 2, "/foo").contains("exec: /foo: no such file in the image"),
+            "{}",
+            refused("exec", 2, "/foo")
+        );
+        assert!(refused("exec", 2, "foo").ends_with("in the directories of PATH"));
+        assert!(refused("exec", 8, "/foo").contains("another architecture"));
+        assert!(refused("mount", 2, "/x").starts_with("cannot start the container: mount /x: "));
+    }
 }

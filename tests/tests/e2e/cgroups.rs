@@ -7,7 +7,16 @@ use std::path::{Path, PathBuf};
 
 /// What a file of the container's cgroup says: of the controller's hierarchy on
 /// v1, of the one there is on v2.
-fn read(container: &Container<'_>, controller: &str, file: &str) -> String {
+pub fn read(container: &Container<'_>, controller: &str, file: &str) -> String {
+    let file = path(container, controller, file);
+    let text = std::fs::read_to_string(&file);
+    text.unwrap_or_else(|err| panic!("{}: {err}", file.display()))
+        .trim()
+        .to_owned()
+}
+
+/// Where that file is.
+pub fn path(container: &Container<'_>, controller: &str, file: &str) -> PathBuf {
     let text = std::fs::read_to_string(format!("/proc/{}/cgroup", container.init_pid())).unwrap();
     let path = text
         .lines()
@@ -23,15 +32,10 @@ fn read(container: &Container<'_>, controller: &str, file: &str) -> String {
             wanted.then(|| path.trim_start_matches('/').to_owned())
         })
         .unwrap_or_else(|| panic!("no {controller} in {text}"));
-    let mount = mount_of(controller);
-    let file = mount.join(path).join(file);
-    let text = std::fs::read_to_string(&file);
-    text.unwrap_or_else(|err| panic!("{}: {err}", file.display()))
-        .trim()
-        .to_owned()
+    mount_of(controller).join(path).join(file)
 }
 
-fn mount_of(controller: &str) -> PathBuf {
+pub fn mount_of(controller: &str) -> PathBuf {
     if is_cgroup_v2() {
         return PathBuf::from("/sys/fs/cgroup");
     }
