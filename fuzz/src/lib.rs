@@ -25,6 +25,7 @@ pub struct Target {
 /// All targets, by name.
 pub const TARGETS: &[Target] = &[
     target("cni-conflist", network::conflist),
+    target("log-drops", logs::drops),
     target("log-lines", logs::lines),
     target("reference", images::reference),
 ];

@@ -20,7 +20,7 @@ mod beneath;
 mod exec;
 mod init;
 pub mod line;
-mod log;
+pub mod log;
 mod monitor;
 mod namespaces;
 mod reaper;
