@@ -18,9 +18,11 @@ use berth_proto::admin_v1::admin_server::AdminServer;
 use berth_proto::runtime_v1::image_service_server::ImageServiceServer;
 use berth_proto::runtime_v1::runtime_service_server::RuntimeServiceServer;
 use berth_sandbox::container_spec::SeccompProfile;
+use berth_sandbox::handler::{Handlers, OciRuntime};
 use berth_sandbox::service::{LogPolicy, OnFull, Sandboxes, Settings};
 use berth_sandbox::{cgroup, oci};
 use std::error::Error;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -164,6 +166,7 @@ async fn run(layout: Layout, config: Config, log: logging::Handle) -> Result<(),
         socket = %daemon.places.socket.display(),
         state = %daemon.places.lib.display(),
         cgroup_driver = ?daemon.sandboxes.cgroups().driver(),
+        streaming = %daemon.streaming.address(),
         "serving"
     );
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
@@ -204,10 +207,12 @@ async fn open(
     streaming: Arc<Streaming>,
 ) -> Result<Daemon, ServeError> {
     let metrics = Metrics::new().map_err(start("make the metrics"))?;
-    let facts = NodeFacts::detect(match config.runtime.unset_seccomp {
+    let unset_seccomp = match config.runtime.unset_seccomp {
         config::UnsetSeccomp::Unconfined => SeccompProfile::Unconfined,
         config::UnsetSeccomp::RuntimeDefault => SeccompProfile::RuntimeDefault,
-    });
+    };
+    let handlers = handlers(&config, &places);
+    let facts = NodeFacts::detect(unset_seccomp, handlers.clone());
     let cgroups =
         cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
     let network = Arc::new(
@@ -215,13 +220,22 @@ async fn open(
             .map_err(|error| ServeError::Network(Box::new(error)))?,
     );
     let mut settings =
-        image_service::Settings::new(places.lib.join("images"), places.lib.join("containers"));
+        image_service::Settings::new(places.images.clone(), places.containers.clone());
     settings.certs_d = places.certs_d.clone();
     settings.max_layer_downloads = config.images.max_parallel_downloads as usize;
     let images = tokio::task::spawn_blocking(move || image_service::ImageService::open(settings))
         .await
         .map_err(start("open the images"))?
         .map_err(ServeError::Images)?;
+    let rate = u64::from(config.images.scrub_mib_per_second) << 20;
+    if let (hours @ 1.., Some(bytes_per_second)) =
+        (config.images.scrub_every_hours, NonZeroU64::new(rate))
+    {
+        images.begin_scrubbing(image_service::Scrubbing {
+            every: Duration::from_secs(u64::from(hours) * 60 * 60),
+            bytes_per_second,
+        });
+    }
     let images = ImageSource::new(images);
     let mut defaults = oci::Defaults::default();
     let nofile = (config.runtime.nofile_soft, config.runtime.nofile_hard);
@@ -240,6 +254,7 @@ async fn open(
             file_bytes: config.logs.file_bytes,
         },
         defaults: defaults.within_host_limits(),
+        handlers,
         cdi_dirs: config.runtime.cdi_spec_dirs.clone(),
         host_resolv_conf: PathBuf::from("/etc/resolv.conf"),
         network_gc: Duration::from_secs(config.network.gc_seconds.into()),
@@ -267,6 +282,32 @@ async fn bind_streaming(config: &Config) -> Result<(Streaming, TcpListener), Ser
     // Checked when the configuration was read.
     let settings = settings.map_err(|(key, problem)| ConfigError::Value { key, problem })?;
     Ok(Streaming::bind(&settings).await?)
+}
+
+/// The OCI runtimes of this node.
+pub fn handlers(config: &Config, places: &Places) -> Handlers {
+    let path: Vec<PathBuf> =
+        std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let in_path = |name: &str| {
+        let found = path.iter().map(|dir| dir.join(name)).find(|p| p.is_file());
+        found.unwrap_or_else(|| PathBuf::from(name))
+    };
+    let configured = config.handlers.iter().map(|(name, handler)| {
+        let runtime = OciRuntime {
+            path: match handler.path.as_os_str().is_empty() {
+                true => in_path(name),
+                false => handler.path.clone(),
+            },
+            root: handler.root.clone(),
+            options: handler.options.clone(),
+            privileged_without_host_devices: handler.privileged_without_host_devices,
+            annotations: handler.annotations.clone(),
+            base_spec: Some(handler.base_spec.clone()).filter(|p| !p.as_os_str().is_empty()),
+            ..OciRuntime::default()
+        };
+        (name.clone(), runtime)
+    });
+    Handlers::new(configured.collect(), &path, &places.run.join("handlers"))
 }
 
 /// What the configuration says of cgroups.

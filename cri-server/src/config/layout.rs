@@ -35,10 +35,17 @@ pub struct Layout {
 pub struct Places {
     /// Durable state.
     pub lib: PathBuf,
+    /// Images.
+    pub images: PathBuf,
+    /// Containers' writable layers.
+    pub containers: PathBuf,
     /// What lives until the reboot.
     pub run: PathBuf,
     pub socket: PathBuf,
     pub certs_d: Vec<PathBuf>,
+    pub registries_conf: PathBuf,
+    pub auth_file: PathBuf,
+    pub policy: PathBuf,
     pub cni_conf_dir: PathBuf,
 }
 
@@ -115,6 +122,13 @@ impl Layout {
                 .as_ref()
                 .map_or_else(|| otherwise.into(), |root| root.join(below_root))
         };
+        let beside = |path: &Path, name: &str| {
+            if path.as_os_str().is_empty() {
+                self.etc.join(name)
+            } else {
+                path.to_owned()
+            }
+        };
         let run = chosen(&config.paths.run, "run", "/run/berth");
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
@@ -126,11 +140,21 @@ impl Layout {
         } else {
             config.images.certs_d.clone()
         };
+        let lib = chosen(&config.paths.state, "lib", "/var/lib/berth");
+        let apart = |path: &Path, name: &str| match path.as_os_str().is_empty() {
+            true => lib.join(name),
+            false => path.to_owned(),
+        };
         Places {
-            lib: chosen(&config.paths.state, "lib", "/var/lib/berth"),
+            images: apart(&config.paths.images, "images"),
+            containers: apart(&config.paths.containers, "containers"),
+            lib,
             run,
             socket,
             certs_d,
+            registries_conf: beside(&config.images.registries_conf, "registries.conf"),
+            auth_file: beside(&config.images.auth_file, "auth.json"),
+            policy: beside(&config.images.policy, "policy.json"),
             cni_conf_dir: chosen(
                 &config.network.cni_conf_dir,
                 "etc/cni/net.d",

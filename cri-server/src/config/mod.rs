@@ -13,16 +13,18 @@ mod streaming;
 
 pub use layout::{Layout, Overrides, Places};
 pub use sections::Config;
-pub use setting::{
-    CgroupDriver, DefaultNetwork, LogFormat, LogLevel, LogsOnFull, PrimaryFamily, UnsetSeccomp,
-};
+pub use setting::{CgroupDriver, DefaultNetwork, Fallback, LogFormat, LogLevel, LogsOnFull, PrimaryFamily, UnsetSeccomp};
 
-use sections::Refusal;
+use sections::{Handler, Refusal, Section};
 use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+
+/// The section whose subsections are runtime handlers.
+const HANDLERS: &str = "handlers";
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +102,10 @@ impl Config {
         })?;
         for (name, content) in table.get_ref() {
             let at = line(name.span().start);
+            if name.get_ref() == HANDLERS {
+                self.apply_handlers(content, path, text)?;
+                continue;
+            }
             let Some(section) = self.section_mut(name.get_ref()) else {
                 return Err(ConfigError::UnknownSection {
                     path: path.to_owned(),
@@ -117,26 +123,35 @@ impl Config {
                     found: content.get_ref().type_str().to_owned(),
                 });
             };
-            for (key, value) in keys {
-                section
-                    .set(key.get_ref(), value.get_ref())
-                    .map_err(|refusal| match refusal {
-                        Refusal::Unknown => ConfigError::UnknownKey {
-                            path: path.to_owned(),
-                            line: line(key.span().start),
-                            section: name.get_ref().to_string(),
-                            name: key.get_ref().to_string(),
-                            nearest: nearest(key.get_ref(), section.names()),
-                        },
-                        Refusal::WrongType(wanted) => ConfigError::WrongType {
-                            path: path.to_owned(),
-                            line: line(value.span().start),
-                            key: format!("{}.{}", name.get_ref(), key.get_ref()),
-                            wanted,
-                            found: shown(text.get(value.span()).unwrap_or_default()),
-                        },
-                    })?;
-            }
+            fill(section, name.get_ref(), keys, path, text)?;
+        }
+        Ok(())
+    }
+
+    /// `[handlers.NAME]`: a section for each.
+    fn apply_handlers(
+        &mut self,
+        content: &Spanned<DeValue<'_>>,
+        path: &Path,
+        text: &str,
+    ) -> Result<(), ConfigError> {
+        let wrong = |value: &Spanned<DeValue<'_>>, key: String| ConfigError::WrongType {
+            path: path.to_owned(),
+            line: line_of(text, value.span().start),
+            key,
+            wanted: "sections: [handlers.NAME]".into(),
+            found: value.get_ref().type_str().to_owned(),
+        };
+        let DeValue::Table(handlers) = content.get_ref() else {
+            return Err(wrong(content, HANDLERS.into()));
+        };
+        for (name, content) in handlers {
+            let section = format!("{HANDLERS}.{}", name.get_ref());
+            let DeValue::Table(keys) = content.get_ref() else {
+                return Err(wrong(content, section));
+            };
+            let handler = self.handlers.entry(name.get_ref().to_string());
+            fill(handler.or_default(), &section, keys, path, text)?;
         }
         Ok(())
     }
@@ -148,8 +163,18 @@ impl Config {
             let problem = format!("{:?} is not ADDRESS:PORT", self.metrics.address);
             return refuse("metrics.address", problem);
         }
-        if self.images.max_parallel_downloads == 0 {
-            return refuse("images.max_parallel_downloads", "must be at least 1".into());
+        if self.images.scrub_mib_per_second == 0 {
+            return refuse("images.scrub_mib_per_second", "must be at least 1".into());
+        }
+        let images = &self.images;
+        for (key, value) in [
+            ("images.max_parallel_pulls", images.max_parallel_pulls),
+            ("images.max_parallel_downloads", images.max_parallel_downloads),
+            ("images.max_parallel_layers", images.max_parallel_layers),
+        ] {
+            if value == 0 {
+                return refuse(key, "must be at least 1".into());
+            }
         }
         let bridge = &self.network.bridge;
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
@@ -204,6 +229,23 @@ impl Config {
         if let Err((key, problem)) = self.streaming.settings() {
             return refuse(key, problem);
         }
+        for (name, handler) in &self.handlers {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+            // Source: Kubernetes, RuntimeClass: a handler is a DNS label.
+            if berth_sandbox::handler::BUILT_IN.contains(&name.as_str())
+                || !name.bytes().all(plain)
+                || name.starts_with('.')
+                || name.len() > 63
+            {
+                let problem = format!("{name:?} cannot be the name of a further handler");
+                return refuse(HANDLERS, problem);
+            }
+            let path = &handler.path;
+            if !path.as_os_str().is_empty() && !path.is_absolute() {
+                let problem = format!("{name}: path is not absolute: {}", path.display());
+                return refuse(HANDLERS, problem);
+            }
+        }
         if self.runtime.nofile_soft > self.runtime.nofile_hard {
             return refuse(
                 "runtime.nofile_soft",
@@ -236,12 +278,20 @@ impl Config {
                 let _ = writeln!(text, "#{line}");
             }
             let _ = writeln!(text, "[{name}]");
-            for key in section.keys() {
-                for line in key.docs {
-                    let _ = writeln!(text, "#{line}");
-                }
-                let _ = writeln!(text, "{} = {}", key.name, key.value);
+            write_keys(&mut text, section, "");
+        }
+        if self.handlers.is_empty() {
+            let example = Handler::default();
+            text.push('\n');
+            for line in example.docs() {
+                let _ = writeln!(text, "#{line}");
             }
+            let _ = writeln!(text, "#[{HANDLERS}.NAME]");
+            write_keys(&mut text, &example, "#");
+        }
+        for (name, handler) in &self.handlers {
+            let _ = writeln!(text, "\n[{HANDLERS}.{}]", quoted(name));
+            write_keys(&mut text, handler, "");
         }
         text
     }
@@ -250,6 +300,52 @@ impl Config {
     pub fn to_json(&self) -> serde_json::Value {
         toml::from_str(&self.to_commented_toml()).unwrap_or_default()
     }
+}
+
+/// `before` stands before every key.
+fn write_keys(text: &mut String, section: &dyn Section, before: &str) {
+    for key in section.keys() {
+        for line in key.docs {
+            let _ = writeln!(text, "#{line}");
+        }
+        let _ = writeln!(text, "{before}{} = {}", key.name, key.value);
+    }
+}
+
+/// A key as TOML wants it where it is no bare one.
+fn quoted(name: &str) -> String {
+    toml::Value::String(name.to_owned()).to_string()
+}
+
+/// Sets the keys of one section; `name` is what it is called in errors.
+fn fill(
+    section: &mut dyn Section,
+    name: &str,
+    keys: &DeTable<'_>,
+    path: &Path,
+    text: &str,
+) -> Result<(), ConfigError> {
+    for (key, value) in keys {
+        section
+            .set(key.get_ref(), value.get_ref())
+            .map_err(|refusal| match refusal {
+                Refusal::Unknown => ConfigError::UnknownKey {
+                    path: path.to_owned(),
+                    line: line_of(text, key.span().start),
+                    section: name.to_owned(),
+                    name: key.get_ref().to_string(),
+                    nearest: nearest(key.get_ref(), section.names()),
+                },
+                Refusal::WrongType(wanted) => ConfigError::WrongType {
+                    path: path.to_owned(),
+                    line: line_of(text, value.span().start),
+                    key: format!("{name}.{}", key.get_ref()),
+                    wanted,
+                    found: shown(text.get(value.span()).unwrap_or_default()),
+                },
+            })?;
+    }
+    Ok(())
 }
 
 /// 4 or 6, for "10.88.0.0/16" and "fd00::/64"; `None` where it is not a subnet.

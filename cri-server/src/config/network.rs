@@ -1,6 +1,6 @@
 //! What the keys of `[network]` say beyond their types.
 
-use super::Network;
+use super::sections::Network;
 use std::path::{Path, PathBuf};
 
 impl Network {

@@ -2,9 +2,10 @@
 //! one source of the structs, the defaults, the parser and the printed file.
 
 use super::setting::{
-    CgroupDriver, DefaultNetwork, FileMode, LogFormat, LogLevel, LogsOnFull, PrimaryFamily,
-    Setting, TlsVersion, UnsetSeccomp,
+    CgroupDriver, DefaultNetwork, Fallback, FileMode, LogFormat, LogLevel, LogsOnFull,
+    PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
 };
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use toml::de::DeValue;
 
@@ -37,14 +38,13 @@ pub trait Section {
     fn set(&mut self, name: &str, value: &DeValue<'_>) -> Result<(), Refusal>;
 }
 
-macro_rules! sections {
-    ($(
+macro_rules! section {
+    (
         $(#[doc = $doc:literal])*
-        $field:ident: $section:ident {
+        $section:ident {
             $( $(#[doc = $kdoc:literal])* $key:ident: $type:ty = $default:expr; )*
         }
-    )*) => {
-        $(
+    ) => {
             $(#[doc = $doc])*
             #[derive(Clone, Debug, PartialEq)]
             pub struct $section {
@@ -82,12 +82,27 @@ macro_rules! sections {
                     }
                 }
             }
+    };
+}
+
+macro_rules! sections {
+    ($(
+        $(#[doc = $doc:literal])*
+        $field:ident: $section:ident { $($body:tt)* }
+    )*) => {
+        $(
+            section! {
+                $(#[doc = $doc])*
+                $section { $($body)* }
+            }
         )*
 
         /// The whole configuration. `Default` is what a node without a file has.
         #[derive(Clone, Debug, Default, PartialEq)]
         pub struct Config {
             $( $(#[doc = $doc])* pub $field: $section, )*
+            /// Runtime handlers by name, beside the built-in one.
+            pub handlers: BTreeMap<String, Handler>,
         }
 
         impl Config {
@@ -113,6 +128,27 @@ macro_rules! sections {
     };
 }
 
+section! {
+    /// A further runtime handler: an OCI runtime with a command line. A section of its own for
+    /// each: [handlers.NAME]. runc and crun are handlers without one where they are in PATH.
+    Handler {
+        /// The program, an absolute path. "": the handler's name, looked up in PATH.
+        path: PathBuf = PathBuf::new();
+        /// Where the runtime keeps what it knows of containers.
+        /// "": handlers/NAME in the run directory.
+        root: PathBuf = PathBuf::new();
+        /// Options that come before its commands.
+        options: Vec<String> = Vec::new();
+        /// Whether privileged containers go without the host's devices.
+        privileged_without_host_devices: bool = false;
+        /// Annotations of pods and containers that the runtime is told of: keys, or beginnings of
+        /// keys that end in "*".
+        annotations: Vec<String> = Vec::new();
+        /// An OCI spec, a JSON file, whose fields count where Berth says nothing. "": none.
+        base_spec: PathBuf = PathBuf::new();
+    }
+}
+
 sections! {
     /// Where things are kept. Empty paths follow `--root`.
     paths: Paths {
@@ -123,6 +159,13 @@ sections! {
         /// What lives until the reboot: sockets, pinned namespaces, /dev/shm of pods.
         /// "": /run/berth, or DIR/run with --root DIR.
         run: PathBuf = PathBuf::new();
+        /// Images, where they are to be on another file system than the records.
+        /// "": images in the state directory.
+        images: PathBuf = PathBuf::new();
+        /// Containers' writable layers, where they are to be on another file system; the image
+        /// and container file systems of the kubelet may differ.
+        /// "": containers in the state directory.
+        containers: PathBuf = PathBuf::new();
     }
 
     /// The socket that the kubelet and crictl talk to.
@@ -169,8 +212,37 @@ sections! {
         /// []: certs.d beside the main configuration file's directory: /etc/berth/certs.d, or
         /// DIR/etc/certs.d with --root DIR.
         certs_d: Vec<PathBuf> = Vec::new();
+        /// Where names are served, mirrors, what is blocked, short names: registries.conf, version
+        /// 2 of the format, with registries.conf.d beside it. Read at every pull; need not be there.
+        /// "": registries.conf beside the main configuration file.
+        registries_conf: PathBuf = PathBuf::new();
+        /// Credentials of the node's own, in the format of Docker's config.json, for pulls that
+        /// bring none and for mirrors. Read at every pull; need not be there.
+        /// "": auth.json beside the main configuration file.
+        auth_file: PathBuf = PathBuf::new();
+        /// Which images are accepted, in the format of containers-policy.json. Read at every pull
+        /// and every use of an image. "": policy.json beside the main configuration file; without
+        /// that file everything is accepted.
+        policy: PathBuf = PathBuf::new();
+        /// Whether a registry that has mirrors is asked itself when they fail: "origin" or "never".
+        /// A hosts.toml with "fallback" decides for its registry.
+        fallback: Fallback = Fallback::Origin;
+        /// Images that are never offered to the kubelet's collection: names, * for anything.
+        pinned: Vec<String> = Vec::new();
+        /// Pulls at the same time; the others wait. Unit: pulls, at least 1.
+        max_parallel_pulls: u32 = 16;
         /// Layers of one image fetched at the same time. Unit: layers, at least 1.
         max_parallel_downloads: u32 = 3;
+        /// Layers fetched at the same time by all pulls together. Unit: layers, at least 1.
+        max_parallel_layers: u32 = 8;
+        /// A download that brings less than this, measured over 30 seconds of waiting for the
+        /// network, is given up or goes on at the next host. Unit: bytes per second. 0: never.
+        min_bytes_per_second: u64 = 1024;
+        /// How long after one scrub of all stored layers the next begins, and one begins after each
+        /// boot: each file is compared with what was unpacked. Unit: hours. 0: never.
+        scrub_every_hours: u32 = 168;
+        /// How fast a scrub reads at most. Unit: MiB per second, at least 1.
+        scrub_mib_per_second: u32 = 16;
     }
 
     /// The network of pods that do not use the host's.

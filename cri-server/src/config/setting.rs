@@ -174,6 +174,16 @@ words! {
 }
 
 words! {
+    /// Whether a registry is asked when its mirrors fail.
+    Fallback {
+        /// After them.
+        Origin = "origin",
+        /// Not at all.
+        Never = "never",
+    }
+}
+
+words! {
     /// What a node without a CNI configuration does.
     DefaultNetwork {
         /// Uses the built-in bridge.

@@ -10,6 +10,7 @@ mod create_container;
 mod exec;
 mod mounts;
 mod exec_session;
+mod foreign;
 mod logs;
 mod network_gc;
 mod pending;
@@ -26,6 +27,7 @@ mod update_resources;
 
 use crate::cgroup::Cgroups;
 use crate::error::{Kind, Result, SandboxError};
+use crate::handler::Handlers;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::{Event, Monitor, Program};
 use crate::oci;
@@ -157,6 +159,8 @@ pub struct Settings {
     pub log_policy: LogPolicy,
     /// What containers get that ask for nothing else.
     pub defaults: oci::Defaults,
+    /// What pods may name as their runtime handler.
+    pub handlers: Handlers,
     /// Directories of CDI files, the least important first.
     pub cdi_dirs: Vec<PathBuf>,
     /// The host's resolv.conf, for pods without a DNS configuration.

@@ -1,0 +1,226 @@
+//! Port-forward: pairs of streams, each joined to a connection to one of the pod's ports.
+//!
+//! Each pair is a task of its own. One side's end is passed on as it is (half-close);
+//! a connection that breaks resets its own streams and nothing else. Only a port that
+//! cannot be reached is worth a message on the error stream: kubectl gives up the whole
+//! connection for one.
+//!
+//! Source: k8s.io/cri-streaming `portforward`; client-go `portforward.go`.
+
+use super::channel::Channel;
+use super::dial::{DialError, dial};
+use super::fd::Buffer;
+use super::spdy::{Opened, Stream};
+use super::websocket::WebSocket;
+use crate::rpc;
+use crate::wire::spdy::Reset;
+use berth_sandbox::service::Sandboxes;
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// How long a client may take to open the second stream of a pair.
+/// Source: k8s.io/cri-streaming, `DefaultStreamCreationTimeout`.
+pub const PAIRING: Duration = Duration::from_secs(30);
+
+/// Half a pair.
+struct Half {
+    stream: Stream,
+    is_error: bool,
+    until: Instant,
+}
+
+/// Forwards what comes over a SPDY connection, until it has no more streams to offer.
+pub async fn over_spdy(sandboxes: &Sandboxes, pod: &str, mut opened: Opened) {
+    let mut halves: HashMap<String, Half> = HashMap::new();
+    let mut forwards = JoinSet::new();
+    loop {
+        let next = halves.values().map(|half| half.until).min();
+        let late = async {
+            match next {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            stream = opened.recv() => {
+                let Some(stream) = stream else { return };
+                if let Some((port, data, error)) = pair(&mut halves, stream) {
+                    let (sandboxes, pod) = (sandboxes.clone(), pod.to_owned());
+                    forwards.spawn(async move { forward(&sandboxes, &pod, port, data, error).await });
+                }
+            }
+            () = late => {
+                let now = Instant::now();
+                // Dropping a stream resets it.
+                halves.retain(|_, half| half.until > now);
+            }
+            Some(_) = forwards.join_next() => {}
+        }
+    }
+}
+
+/// Finds the other stream of `stream`'s pair: the port, the data and the error stream.
+fn pair(halves: &mut HashMap<String, Half>, stream: Stream) -> Option<(u16, Stream, Stream)> {
+    let port = stream.header("port").and_then(|port| port.parse().ok());
+    let is_error = match stream.header("streamType") {
+        Some("error") => true,
+        Some("data") => false,
+        _ => return refuse(stream),
+    };
+    let Some(port) = port.filter(|port| *port != 0) else {
+        return refuse(stream);
+    };
+    // Clients before Kubernetes 1.4 send no ID, and open the error stream right before
+    // the data stream.
+    let id = match stream.header("requestID") {
+        Some(id) if !id.is_empty() => id.to_owned(),
+        _ if is_error => format!("stream {}", stream.id()),
+        _ => format!("stream {}", stream.id().wrapping_sub(2)),
+    };
+    stream.accept();
+    match halves.remove(&id) {
+        Some(other) if other.is_error != is_error => {
+            let (data, error) = if is_error {
+                (other.stream, stream)
+            } else {
+                (stream, other.stream)
+            };
+            Some((port, data, error))
+        }
+        // The second of a kind: neither can be told from the other.
+        Some(_) => None,
+        None => {
+            let until = Instant::now() + PAIRING;
+            halves.insert(
+                id,
+                Half {
+                    stream,
+                    is_error,
+                    until,
+                },
+            );
+            None
+        }
+    }
+}
+
+fn refuse<T>(stream: Stream) -> Option<T> {
+    stream.reset(Reset::Protocol);
+    None
+}
+
+async fn reach(sandboxes: &Sandboxes, pod: &str, port: u16) -> Result<TcpStream, String> {
+    let network = sandboxes.pod_network(pod).map_err(|error| error.chain())?;
+    let dialled = dial(&network, port).await;
+    dialled.map_err(|error: DialError| rpc::chain(&error))
+}
+
+async fn forward(sandboxes: &Sandboxes, pod: &str, port: u16, data: Stream, error: Stream) {
+    match reach(sandboxes, pod, port).await {
+        Ok(connection) => {
+            join(connection, &Channel::Spdy(data)).await;
+            // It fails only where the client has gone.
+            let _ = error.close().await;
+        }
+        Err(why) => {
+            tracing::debug!(pod, port, why, "a port cannot be forwarded");
+            let text = format!("error forwarding port {port} to pod {pod}: {why}");
+            let _ = error.write(text.as_bytes()).await;
+            let _ = error.close().await;
+            data.reset(Reset::Internal);
+        }
+    }
+}
+
+/// Copies both ways until both are over.
+async fn join(connection: TcpStream, data: &Channel) {
+    let (from, to) = connection.into_split();
+    // One way that breaks ends the other.
+    let outcome = tokio::try_join!(towards_pod(data, to), from_pod(from, data));
+    if outcome.is_err() {
+        match data {
+            Channel::Spdy(stream) => stream.reset(Reset::Cancel),
+            // The protocol has no way to say it.
+            Channel::WebSocket(_) => {}
+        }
+    }
+}
+
+/// The connection broke, or the client broke its stream off.
+struct Broke;
+
+async fn towards_pod(data: &Channel, mut to: OwnedWriteHalf) -> Result<(), Broke> {
+    loop {
+        match data.read().await {
+            Ok(Some(bytes)) => {
+                if to.write_all(&bytes).await.is_err() {
+                    // It reads no more, but what it wrote before is still worth having:
+                    // the other way ends when that is through.
+                    data.discard();
+                    to.forget();
+                    return Ok(());
+                }
+            }
+            Ok(None) => {
+                // Shuts down the writing side: half-close. Gone already is as good.
+                let _ = to.shutdown().await;
+                return Ok(());
+            }
+            Err(_) => {
+                // The program is to see a connection that broke, not one that ended.
+                let _ = to.as_ref().set_zero_linger();
+                to.forget();
+                return Err(Broke);
+            }
+        }
+    }
+}
+
+async fn from_pod(mut from: OwnedReadHalf, data: &Channel) -> Result<(), Broke> {
+    let mut buffer = Buffer::default();
+    loop {
+        match from.read(buffer.space()).await {
+            Ok(0) => return data.close().await.map_err(|_| Broke),
+            Ok(length) => {
+                data.write(buffer.filled(length)).await.map_err(|_| Broke)?;
+                buffer.done(length);
+            }
+            Err(_) => return Err(Broke),
+        }
+    }
+}
+
+/// Forwards the ports of a WebSocket connection, two channels each: data, and errors.
+/// Each channel begins with its port. Source: KEP-4006, k8s.io/cri-streaming `websocket.go`.
+pub async fn over_websocket(
+    sandboxes: &Sandboxes,
+    pod: &str,
+    ports: &[u16],
+    connection: &WebSocket,
+) {
+    let mut forwards = JoinSet::new();
+    for (at, &port) in (0u8..).step_by(2).zip(ports) {
+        let (data, error) = (connection.channel(at), connection.channel(at + 1));
+        let (sandboxes, pod) = (sandboxes.clone(), pod.to_owned());
+        forwards.spawn(async move {
+            for channel in [&data, &error] {
+                if channel.write(&port.to_le_bytes()).await.is_err() {
+                    return;
+                }
+            }
+            match reach(&sandboxes, &pod, port).await {
+                Ok(connection) => join(connection, &Channel::WebSocket(data)).await,
+                Err(why) => {
+                    let text = format!("error forwarding port {port} to pod {pod}: {why}");
+                    let _ = error.write(text.as_bytes()).await;
+                }
+            }
+        });
+    }
+    while forwards.join_next().await.is_some() {}
+}
