@@ -259,6 +259,12 @@ pub enum NetworkError {
     /// The node's pod network, or the configuration made with it.
     #[error(transparent)]
     PodCidr(#[from] PodCidrError),
+    /// Kubernetes takes a pod without an address for one that is not there yet.
+    #[error("the CNI network {network} gave the pod no address")]
+    NoAddress {
+        /// Its name.
+        network: String,
+    },
     /// Plugins were at work for pods all the time.
     #[error("there was no moment without a CNI plugin at work for {0:?}: GC comes later")]
     Busy(Duration),
@@ -461,9 +467,15 @@ impl Network {
         let kept = added.map_err(NetworkError::from).and_then(|result| {
             attached.result = Some(result.clone());
             self.keep(&attached)?;
-            Ok(result)
+            let result = CniResult::deserialize(result).unwrap_or_default();
+            match result.pod_ips(IFNAME) {
+                ips if ips.is_empty() => Err(NetworkError::NoAddress {
+                    network: attached.list.name.clone(),
+                }),
+                ips => Ok(ips),
+            }
         });
-        let result = kept.inspect_err(|_| {
+        let ips = kept.inspect_err(|_| {
             if let Err(error) = self.delete(&attached, DEL_DEADLINE) {
                 tracing::warn!(
                     pod = id,
@@ -472,9 +484,6 @@ impl Network {
                 );
             }
         })?;
-        let ips = CniResult::deserialize(&result)
-            .unwrap_or_default()
-            .pod_ips(IFNAME);
         let record = serde_json::to_value(&attached).unwrap_or_default();
         Ok(AttachResult { ips, record })
     }
@@ -503,22 +512,20 @@ impl Network {
             (attached.id == id).then_some(attached)
         };
         let attached = match self.recorded(id) {
-            Ok(None) => Ok(from_caller().inspect(|attached| {
-                // Should DEL fail it is this that the next try goes by.
-                if let Err(error) = self.keep(attached) {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(pod = id, error, "the attachment is not recorded again");
-                }
-            })),
+            Ok(None) => Ok(from_caller()),
             Ok(some) => Ok(some),
             Err(error) => from_caller().map(Some).ok_or(error),
         };
         let plugins = attached.and_then(|attached| match attached {
             Some(mut attached) => {
-                if let Some(netns) = request.netns {
-                    attached.netns = netns.into();
-                }
-                self.delete(&attached, DEL_DEADLINE)
+                attached.netns = request.netns.unwrap_or(Path::new("")).into();
+                self.delete(&attached, DEL_DEADLINE).inspect_err(|_| {
+                    // It is this that the next try goes by, whoever makes it.
+                    if let Err(error) = self.keep(&attached) {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(pod = id, error, "the attachment is not recorded again");
+                    }
+                })
             }
             None => Ok(()),
         });

@@ -330,7 +330,7 @@ fn single(line: usize, text: &str) -> Result<Operand<'_>, TemplateError> {
     if text == "." {
         return Ok(Operand::Dot);
     }
-    if let Some(number) = text.parse::<usize>().ok() {
+    if let Ok(number) = text.parse::<usize>() {
         return Ok(Operand::Literal(Data::Number(number)));
     }
     if text.len() >= 2
@@ -556,7 +556,7 @@ mod tests {
                 "c",
             ),
             (
-                "{{range $i, $r := .Routes}}{{range .Routes}}{{$i}}{{end}}{{end}}",
+                "{{range $i, $r := .Routes}}{{range $.Routes}}{{$i}}{{end}}{{end}}",
                 "0011",
             ),
             ("no action }} at all", "no action }} at all"),
@@ -613,9 +613,9 @@ mod tests {
 
     #[test]
     fn a_template_cannot_grow_without_end() {
-        let deep = "{{range .Routes}}".repeat(30) + "xxxxxxxxxx" + &"{{end}}".repeat(30);
+        let deep = "{{range $.Routes}}".repeat(30) + "xxxxxxxxxx" + &"{{end}}".repeat(30);
         assert!(render(&deep, &both()).unwrap_err().why.contains("no end"));
-        let deeper = "{{if 1}}".repeat(100_000) + &"{{end}}".repeat(100_000);
+        let deeper = "{{if 1}}".repeat(50_000) + &"{{end}}".repeat(50_000);
         assert!(render(&deeper, &both()).unwrap_err().why.contains("levels"));
         let chain = "{{if 0}}".to_owned() + &"{{else if 0}}".repeat(70_000) + "{{end}}";
         assert!(render(&chain, &both()).unwrap_err().why.contains("levels"));
