@@ -1,11 +1,13 @@
-//! What `berth status` asks, on the same socket as CRI.
+//! What `berth status` and `berth image` ask, on the same socket as CRI.
+
+mod images;
 
 use crate::daemon::Daemon;
 use crate::rpc::to_the_end;
 use berth_proto::admin_v1 as admin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Request, Response, Status, Streaming, async_trait};
 
 /// The service on the socket.
 pub struct Admin {
@@ -66,5 +68,52 @@ impl admin::admin_server::Admin for Admin {
             })
         };
         to_the_end(&self.daemon.metrics, "Operations", work).await
+    }
+
+    async fn pull_progress(
+        &self,
+        request: Request<admin::PullProgressRequest>,
+    ) -> Result<Response<admin::PullProgressResponse>, Status> {
+        let daemon = self.daemon.clone();
+        let work = async move { Ok(images::progress(&daemon, &request.into_inner())) };
+        to_the_end(&self.daemon.metrics, "PullProgress", work).await
+    }
+
+    async fn import_images(
+        &self,
+        request: Request<Streaming<admin::ImportImagesRequest>>,
+    ) -> Result<Response<admin::ImportImagesResponse>, Status> {
+        let work = images::import(self.daemon.clone(), request.into_inner());
+        to_the_end(&self.daemon.metrics, "ImportImages", work).await
+    }
+
+    type ExportImagesStream = images::Answers<admin::ExportImagesResponse>;
+
+    async fn export_images(
+        &self,
+        request: Request<admin::ExportImagesRequest>,
+    ) -> Result<Response<Self::ExportImagesStream>, Status> {
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
+        let work = async move { Ok(images::export(daemon, request)) };
+        to_the_end(&self.daemon.metrics, "ExportImages", work).await
+    }
+
+    async fn prune_images(
+        &self,
+        request: Request<admin::PruneImagesRequest>,
+    ) -> Result<Response<admin::PruneImagesResponse>, Status> {
+        let work = images::prune(self.daemon.clone(), request.into_inner());
+        to_the_end(&self.daemon.metrics, "PruneImages", work).await
+    }
+
+    type VerifyImagesStream = images::Answers<admin::VerifyImagesResponse>;
+
+    async fn verify_images(
+        &self,
+        request: Request<admin::VerifyImagesRequest>,
+    ) -> Result<Response<Self::VerifyImagesStream>, Status> {
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
+        let work = async move { Ok(images::verify(daemon, request)) };
+        to_the_end(&self.daemon.metrics, "VerifyImages", work).await
     }
 }

@@ -1,7 +1,7 @@
 //! How much of the disk images take, without looking at the disk.
 
 use crate::layer::Store;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What something takes of a file system, in CRI's terms.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,13 +14,20 @@ pub struct FsUsage {
     pub inodes: u64,
 }
 
-/// What the images take: the layers by their records, and the documents beside
-/// them (`content_bytes` in `content_files` files).
-pub fn of_images(store: &Store, content_bytes: u64, content_files: u64) -> FsUsage {
-    let layers = store.sums();
+/// What a record or a small file takes, in bytes: one block of ext4's and xfs's default.
+const BLOCK_BYTES: u64 = 4096;
+/// The directories of the store itself: `images`, `content` with its two, `records`, `layers`
+/// and `layers/empty`.
+const DIRECTORIES: u64 = 7;
+
+/// What everything below `lib` takes: the layers with what is kept beside them, by counters, the
+/// documents (space and number), and `records` records.
+pub fn of_images(lib: &Path, store: &Store, documents: (u64, u64), records: u64) -> FsUsage {
+    let layers = store.footprint();
+    let (bytes, files) = documents;
     FsUsage {
-        mountpoint: store.dir().to_owned(),
-        used_bytes: layers.bytes + content_bytes,
-        inodes: layers.inodes + content_files,
+        mountpoint: lib.to_owned(),
+        used_bytes: layers.bytes + bytes + (records + DIRECTORIES) * BLOCK_BYTES,
+        inodes: layers.inodes + files + records + DIRECTORIES,
     }
 }

@@ -5,6 +5,7 @@
 //! module of its area and a line in [`CHECKS`].
 
 mod daemon;
+mod images;
 mod node;
 
 use super::Outcome;
@@ -102,6 +103,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::state_directory,
     node::programs,
     daemon::answers,
+    images::stored,
 ];
 
 /// How `berth doctor` is asked.
@@ -110,12 +112,22 @@ pub struct Options {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Read everything that is stored of images and compare it with what was unpacked; takes as
+    /// long as reading it. What is damaged is fetched again with the next pull that needs it
+    #[arg(long)]
+    verify: bool,
 }
 
 /// Runs `berth doctor`. Fails if a problem was found.
 pub fn doctor(options: &Options, places: &Overrides) -> Outcome {
     let findings = match look(places) {
-        Ok(node) => CHECKS.iter().flat_map(|check| check(&node)).collect(),
+        Ok(node) => {
+            let mut findings: Vec<_> = CHECKS.iter().flat_map(|check| check(&node)).collect();
+            if options.verify {
+                findings.extend(images::verified(&node));
+            }
+            findings
+        }
         Err(error) => vec![Finding::problem(
             "configuration",
             crate::rpc::chain(&*error),

@@ -3,6 +3,7 @@
 use super::ImageService;
 use crate::image::Image;
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 /// What was removed.
@@ -37,6 +38,23 @@ impl ImageService {
         self.finish_removals();
         pruned.bytes = before.saturating_sub(self.fs_usage().used_bytes);
         pruned
+    }
+
+    /// Where the images are.
+    pub fn dir(&self) -> &Path {
+        &self.0.settings.lib
+    }
+
+    /// After a pull that found the disk full: frees what it left, and waits until it is free.
+    pub(super) async fn give_back_space(&self) {
+        let service = self.clone();
+        let freed = tokio::task::spawn_blocking(move || {
+            service.collect();
+            service.finish_removals();
+        });
+        if freed.await.is_err() {
+            tracing::warn!("what a pull left is not freed, later");
+        }
     }
 
     /// The layers of each container's image, and of the images it has as volumes.

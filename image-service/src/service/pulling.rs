@@ -88,6 +88,11 @@ impl ImageService {
         };
         tokio::spawn(async move {
             let result = flight.run().await.map_err(Arc::new);
+            if let Err(error) = &result
+                && crate::disk::is_full(&**error)
+            {
+                flight.service.give_back_space().await;
+            }
             // Not to be joined any more once its outcome is known.
             drop(flight);
             sender.send_replace(Some(result));
