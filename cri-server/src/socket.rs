@@ -11,12 +11,7 @@ use std::os::unix::fs::{
 };
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
-
-/// How long a dead daemon's lock may be held: a child of its that has not come to
-/// execve yet has all that it had open.
-const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// Why the daemon cannot have its socket or its directories.
 #[derive(Debug, thiserror::Error)]
@@ -76,20 +71,12 @@ pub fn lock(dir: &Path) -> Result<Lock, SocketError> {
         .mode(0o600)
         .open(&path)
         .map_err(failed)?;
-    let deadline = Instant::now() + LAST_BREATH;
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(Lock { _file: file }),
-            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(LAST_BREATH / 100);
-            }
-            Err(Errno::WOULDBLOCK) => {
-                return Err(SocketError::Locked {
-                    path: dir.to_owned(),
-                });
-            }
-            Err(error) => return Err(failed(error.into())),
-        }
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Lock { _file: file }),
+        Err(Errno::WOULDBLOCK) => Err(SocketError::Locked {
+            path: dir.to_owned(),
+        }),
+        Err(error) => Err(failed(error.into())),
     }
 }
 

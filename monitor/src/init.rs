@@ -36,6 +36,25 @@ pub struct PodNamespaces {
     pub pid: Option<OwnedFd>,
 }
 
+impl PodNamespaces {
+    /// Those there are, by descriptor.
+    pub fn held(&self) -> Vec<proto::HeldNamespace> {
+        let all = [
+            (Kind::User, &self.user),
+            (Kind::Net, &self.net),
+            (Kind::Ipc, &self.ipc),
+            (Kind::Uts, &self.uts),
+            (Kind::Pid, &self.pid),
+        ];
+        let held = all.into_iter().filter_map(|(kind, fd)| Some((kind, fd.as_ref()?)));
+        held.map(|(kind, fd)| proto::HeldNamespace {
+            kind: kind.name().to_owned(),
+            fd: fd.as_raw_fd(),
+        })
+        .collect()
+    }
+}
+
 /// What the child works with, besides the request.
 pub struct Init<'a> {
     /// The request.

@@ -23,6 +23,7 @@ pub mod line;
 pub mod log;
 mod monitor;
 mod namespaces;
+mod oci_runtime;
 mod reaper;
 mod rootfs;
 mod status;

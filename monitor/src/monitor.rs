@@ -27,6 +27,7 @@ use crate::exec::Exec;
 use crate::init::{Init, PodNamespaces};
 use crate::log::{self, Logger, counts::Counts};
 use crate::namespaces::{self, Made};
+use crate::oci_runtime::Driver;
 use crate::status::{self, Failed, Heard, Note, Step};
 use crate::wire::{Connection, Dropped, Incoming};
 use crate::{Options, line::Stream, reaper};
@@ -43,7 +44,7 @@ use rustix::event::{Timespec, epoll};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::SocketFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -114,9 +115,12 @@ struct End {
 }
 
 struct Container {
-    /// 0 once it is reaped.
+    /// 0 once it is reaped, and until an OCI runtime has made it.
     pid: i32,
+    /// As long as an OCI runtime has not made it, the driver's.
     pidfd: OwnedFd,
+    /// It ended before its start had.
+    early: Option<Ended>,
     start_ticks: u64,
     started_at: i64,
     phase: Phase,
@@ -135,7 +139,10 @@ struct Container {
 struct ExecProcess {
     container_id: String,
     exec_id: String,
+    /// 0 until an OCI runtime has made it.
     pid: i32,
+    /// It ended before its start had.
+    early: Option<Ended>,
     pidfd: Option<OwnedFd>,
     start_ticks: u64,
     starting: Option<Starting>,
@@ -173,6 +180,9 @@ struct Monitor {
     making: Option<Making>,
     namespaces_made: bool,
     ending: Option<Instant>,
+    /// Children that ended while an OCI runtime was making an exec, and were
+    /// nobody's: one of them may turn out to be it.
+    strays: VecDeque<(i32, Ended)>,
 }
 
 /// Runs until it is told to end.
@@ -246,6 +256,7 @@ impl Monitor {
             making: None,
             namespaces_made: false,
             ending: None,
+            strays: VecDeque::new(),
         };
         let token = monitor.token(Source::Listener);
         monitor.listener_token = token;
@@ -338,6 +349,7 @@ impl Monitor {
         proto::State {
             containers: containers.collect(),
             namespaces_made: self.namespaces_made,
+            held: self.pod.held(),
         }
     }
 
@@ -436,13 +448,29 @@ impl Starting {
     }
 }
 
-/// Takes what a starting child says; true once its socket has ended.
-fn hear_start(starting: &mut Starting, console: &mut Option<OwnedFd>) -> bool {
+/// Takes what a starting child says; true once its socket has ended. `made` is
+/// called with the process that an OCI runtime has made and answers whether it
+/// is held.
+fn hear_start(
+    starting: &mut Starting,
+    console: &mut Option<OwnedFd>,
+    mut made: impl FnMut(i32) -> Result<(), Errno>,
+) -> bool {
     loop {
         match status::receive(&starting.status) {
             Heard::Note(Note::Ready) => starting.ready = true,
             Heard::Note(Note::Console(fd)) => *console = Some(fd),
             Heard::Note(Note::Failed(failed)) => starting.failed = Some(failed),
+            Heard::Note(Note::Process(pid)) => {
+                // The driver waits for one or the other; it may be gone.
+                let _ = match made(pid) {
+                    Ok(()) => status::send(&starting.status, &Note::Ready),
+                    Err(error) => {
+                        let failed = Failed::new("hold", format!("process {pid}"), error);
+                        status::send(&starting.status, &Note::Failed(failed))
+                    }
+                };
+            }
             Heard::Nothing => return false,
             Heard::End => return true,
         }

@@ -6,6 +6,7 @@
 //! ```text
 //! 'R'                                            ready: exec comes next
 //! 'C' + one descriptor                           the master of the console
+//! 'P' pid:i32le                                  the process an OCI runtime made
 //! 'F' errno:i32le stage 0 detail                 a step failed
 //! ```
 //!
@@ -91,6 +92,8 @@ pub enum Note {
     Ready,
     /// The console's master.
     Console(OwnedFd),
+    /// What an OCI runtime has made; answered by [`Note::Ready`].
+    Process(i32),
     /// Why it goes no further.
     Failed(Failed),
 }
@@ -145,6 +148,7 @@ fn encode(note: &Note) -> (Vec<u8>, Option<BorrowedFd<'_>>) {
     match note {
         Note::Ready => (b"R".to_vec(), None),
         Note::Console(fd) => (b"C".to_vec(), Some(fd.as_fd())),
+        Note::Process(pid) => ([b"P", &pid.to_le_bytes()[..]].concat(), None),
         Note::Failed(failed) => (encode_failed(failed), None),
     }
 }
@@ -179,6 +183,7 @@ fn decode(bytes: &[u8], fd: Option<OwnedFd>) -> Option<Note> {
     let note = match (bytes, fd) {
         (b"R", _) => Note::Ready,
         (b"C", Some(fd)) => Note::Console(fd),
+        ([b'P', a, b, c, d], _) => Note::Process(i32::from_le_bytes([*a, *b, *c, *d])),
         (bytes, _) if bytes.first() == Some(&b'F') => Note::Failed(decode_failed(bytes)?),
         _ => return None,
     };

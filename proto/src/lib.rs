@@ -50,6 +50,8 @@ pub mod monitor_v1 {
         pub const BASE: u64 = 1;
         /// Attach and Detached.
         pub const ATTACH: u64 = 1 << 1;
+        /// Launch and Exec through an OCI runtime; State has the held namespaces.
+        pub const OCI_RUNTIME: u64 = 1 << 2;
     }
 
     /// Longest frame either side accepts, in bytes: larger than the kernel's

@@ -302,6 +302,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
     };
 
     let launch = proto::Launch {
+        oci_runtime: None,
         container_id: extra.container_id,
         process: Some(process),
         new_pid: own(LinuxNamespaceType::Pid),

@@ -12,6 +12,7 @@ pub mod container;
 pub mod container_spec;
 pub mod error;
 pub mod events;
+pub mod handler;
 pub mod id;
 pub mod image;
 pub mod launch;

@@ -356,6 +356,8 @@ pub struct Input<'a> {
     pub image_volumes: &'a BTreeMap<String, PathBuf>,
     /// What nobody asked for.
     pub defaults: &'a Defaults,
+    /// Whether a privileged container has the host's devices.
+    pub host_devices: bool,
 }
 
 /// A spec and what it cannot hold.
@@ -462,7 +464,7 @@ fn rule_to_oci(rule: &DeviceRule) -> oci::LinuxDeviceCgroup {
 
 fn linux(input: &Input<'_>, mounts: &[oci::Mount]) -> Result<oci::Linux, OciError> {
     let security = &input.container.security;
-    let (devices, rules) = devices::build(input.container)?;
+    let (devices, rules) = devices::build(input.container, input.host_devices)?;
     let mut resources = resources(&input.container.resources);
     resources.set_devices(Some(rules.iter().map(rule_to_oci).collect()));
     let mut linux = oci::Linux::default();

@@ -30,6 +30,7 @@ pub use field::{Field, Refused};
 pub use pod::pod_spec;
 
 use berth_sandbox::container_spec::SeccompProfile;
+use berth_sandbox::handler::Handlers;
 use std::path::Path;
 
 /// What a request's meaning depends on.
@@ -39,6 +40,8 @@ pub struct NodeFacts {
     pub selinux: bool,
     /// AppArmor is enabled.
     pub apparmor: bool,
+    /// The OCI runtimes that pods may name as their handler.
+    pub handlers: Handlers,
     /// The profile of containers whose request names none.
     pub unset_seccomp: SeccompProfile,
 }
@@ -46,11 +49,12 @@ pub struct NodeFacts {
 impl NodeFacts {
     /// What this kernel has, and what the configuration says.
     /// Source: selinuxfs is mounted where SELinux is enabled; Documentation/admin-guide/LSM/apparmor.rst.
-    pub fn detect(unset_seccomp: SeccompProfile) -> Self {
+    pub fn detect(unset_seccomp: SeccompProfile, handlers: Handlers) -> Self {
         let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
         Self {
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             apparmor: enabled.is_ok_and(|text| text.trim() == "Y"),
+            handlers,
             unset_seccomp,
         }
     }

@@ -9,9 +9,6 @@ use berth_sandbox::pod_spec::{
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// The handlers a request may name; the empty one is the default.
-pub const HANDLERS: [&str; 2] = ["", "berth"];
-
 /// Everything RunPodSandbox asks for, checked.
 pub fn pod_spec(request: &cri::RunPodSandboxRequest, node: &NodeFacts) -> Result<PodSpec> {
     let root = Field::root("config");
@@ -24,7 +21,7 @@ pub fn pod_spec(request: &cri::RunPodSandboxRequest, node: &NodeFacts) -> Result
             .at("windows")
             .invalid("is given, but this node runs Linux"));
     }
-    if !HANDLERS.contains(&request.runtime_handler.as_str()) {
+    if !node.handlers.has(&request.runtime_handler) {
         let problem = format!(
             "{} is not a handler of this node",
             Quoted(&request.runtime_handler)

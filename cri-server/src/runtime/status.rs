@@ -1,7 +1,7 @@
 //! Status: whether pods can run here, and what the handlers can do.
 
-use crate::convert::pod::HANDLERS;
 use crate::daemon::Daemon;
+use berth_sandbox::handler::BUILT_IN;
 use berth_proto::runtime_v1 as cri;
 use serde_json::json;
 use std::collections::HashMap;
@@ -43,17 +43,22 @@ pub async fn status(
         ),
     ];
     let user_namespaces = daemon.sandboxes.user_namespaces_missing().is_none();
-    let handler = |name: &&str| cri::RuntimeHandler {
-        name: (*name).to_owned(),
+    let handler = |name: &str, recursive_read_only_mounts, user_namespaces| cri::RuntimeHandler {
+        name: name.to_owned(),
         features: Some(cri::RuntimeHandlerFeatures {
-            recursive_read_only_mounts: true,
+            recursive_read_only_mounts,
             user_namespaces,
         }),
     };
+    let built_in = BUILT_IN.iter().map(|name| handler(name, true, user_namespaces));
+    let runtimes = daemon.facts.handlers.oci_runtimes();
+    let foreign = runtimes.map(|(name, runtime)| {
+        handler(name, runtime.features.recursive_read_only_mounts, false)
+    });
     Ok(cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,
-        runtime_handlers: HANDLERS.iter().map(handler).collect(),
+        runtime_handlers: built_in.chain(foreign).collect(),
         features: Some(cri::RuntimeFeatures {
             supplemental_groups_policy: true,
             user_namespaces_host_network: user_namespaces,

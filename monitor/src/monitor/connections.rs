@@ -136,7 +136,9 @@ impl Monitor {
                 }
                 let hello = proto::HelloReply {
                     protocol: proto::PROTOCOL,
-                    features: proto::feature::BASE | proto::feature::ATTACH,
+                    features: proto::feature::BASE
+                        | proto::feature::ATTACH
+                        | proto::feature::OCI_RUNTIME,
                     pod_id: self.options.pod.clone(),
                     pid: std::process::id() as i32,
                     version: env!("CARGO_PKG_VERSION").into(),

@@ -12,6 +12,9 @@ const DRAIN: Duration = log::DRAIN.saturating_add(Duration::from_millis(500));
 /// Longest wait for a record to be durable.
 const RECORD: Duration = Duration::from_secs(30);
 
+/// Ended children of nobody that are kept while an exec is being made.
+const MAX_STRAYS: usize = 256;
+
 impl Monitor {
     pub(super) fn reap(&mut self) {
         let mut seen = [0_u8; 1024];
@@ -46,6 +49,7 @@ impl Monitor {
             };
             (container.pid == pid || helper == pid).then(|| id.clone())
         }) else {
+            self.stray(pid, ended);
             return;
         };
         match self.containers.get(&id).map(|container| &container.phase) {
@@ -61,6 +65,19 @@ impl Monitor {
         }
     }
 
+    /// Remembers what may be an exec whose pid is yet to be told.
+    fn stray(&mut self, pid: i32, ended: Ended) {
+        let waited_for = |exec: &ExecProcess| exec.starting.is_some() && exec.pid == 0;
+        if !self.execs.values().any(waited_for) {
+            self.strays.clear();
+            return;
+        }
+        if self.strays.len() >= MAX_STRAYS {
+            self.strays.pop_front();
+        }
+        self.strays.push_back((pid, ended));
+    }
+
     pub(super) fn end_container(&mut self, id: &str, ended: Ended) {
         // It may have become its program and ended before we heard of it.
         self.hear_init(id);
@@ -68,6 +85,11 @@ impl Monitor {
             return;
         };
         container.pid = 0;
+        if matches!(container.phase, Phase::Starting(_)) {
+            // An OCI runtime's, whose driver has the last word on the start.
+            container.early = Some(ended);
+            return;
+        }
         let end = End {
             ended,
             finished_at: now(),

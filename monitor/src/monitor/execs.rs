@@ -1,6 +1,6 @@
 //! Execs: further processes in running containers.
 
-use super::launch::go_home;
+use super::launch::{fork_driver, go_home};
 use super::*;
 
 /// Execs at a time. Each costs a process of the node.
@@ -18,32 +18,16 @@ impl Monitor {
             return Err(Failed::new("exec", exec.exec_id, Errno::AGAIN).into());
         }
         self.return_home()?;
-        let container = self.running(&exec.container_id)?;
         let (ours, theirs) = status::pair().step("socketpair", "")?;
-        let work = Exec {
-            exec: &exec,
-            fds: &fds,
-            init: &container.pidfd,
-            join_user: container.join_user,
-            status: &theirs,
-        };
-        let cgroup = open_cgroup(exec.cgroup.as_ref())?;
-        let options = clone::Options {
-            cgroup: cgroup.as_ref().map(AsFd::as_fd),
-            ..Default::default()
-        };
-        namespace::join_process(&container.pidfd, flag::NEWPID)
-            .step("join namespace", &exec.container_id)?;
-        let forked = clone::fork(options);
-        if let Ok(Forked::Child) = forked {
-            process::child(work.keep(), || work.run());
-        }
-        go_home(&self.own_pid, &mut self.pid_astray, true);
-        let (pid, pidfd) = match forked.step("clone", &exec.exec_id)? {
-            Forked::Parent { pid, pidfd } => (pid, pidfd),
-            Forked::Child => process::exit(255),
+        let (pid, pidfd) = match &exec.oci_runtime {
+            None => self.fork_exec(&exec, &fds, &theirs)?,
+            Some(runtime) => {
+                self.running(&exec.container_id)?;
+                drive_exec(&exec, runtime, &fds, &theirs)?
+            }
         };
         drop(theirs);
+        let driven = exec.oci_runtime.is_some();
         let key = self.next_token;
         let token = self.token(Source::Exec(key));
         if let Err(error) = watch(&self.epoll, &ours, token) {
@@ -56,7 +40,8 @@ impl Monitor {
             ExecProcess {
                 container_id: exec.container_id,
                 exec_id: exec.exec_id,
-                pid,
+                pid: if driven { 0 } else { pid },
+                early: None,
                 pidfd: Some(pidfd),
                 start_ticks: reaper::start_ticks(pid),
                 starting: Some(Starting {
@@ -74,6 +59,39 @@ impl Monitor {
         Ok(None)
     }
 
+    /// Clones the process into the container.
+    fn fork_exec(
+        &mut self,
+        exec: &proto::Exec,
+        fds: &[OwnedFd],
+        status: &OwnedFd,
+    ) -> Result<(i32, OwnedFd), Refused> {
+        let container = self.running(&exec.container_id)?;
+        let work = Exec {
+            exec,
+            fds,
+            init: &container.pidfd,
+            join_user: container.join_user,
+            status,
+        };
+        let cgroup = open_cgroup(exec.cgroup.as_ref())?;
+        let options = clone::Options {
+            cgroup: cgroup.as_ref().map(AsFd::as_fd),
+            ..Default::default()
+        };
+        namespace::join_process(&container.pidfd, flag::NEWPID)
+            .step("join namespace", &exec.container_id)?;
+        let forked = clone::fork(options);
+        if let Ok(Forked::Child) = forked {
+            process::child(work.keep(), || work.run());
+        }
+        go_home(&self.own_pid, &mut self.pid_astray, true);
+        match forked.step("clone", &exec.exec_id)? {
+            Forked::Parent { pid, pidfd } => Ok((pid, pidfd)),
+            Forked::Child => process::exit(255),
+        }
+    }
+
     pub(super) fn hear_exec(&mut self, key: u64) {
         let Some(exec) = self.execs.get_mut(&key) else {
             return;
@@ -81,7 +99,21 @@ impl Monitor {
         let Some(starting) = &mut exec.starting else {
             return;
         };
-        if !hear_start(starting, &mut exec.console) {
+        let (pid, pidfd) = (&mut exec.pid, &mut exec.pidfd);
+        let (early, ticks) = (&mut exec.early, &mut exec.start_ticks);
+        let strays = &mut self.strays;
+        let hold = |made: i32| {
+            // It runs since before its pid was told, and may have come to its end.
+            if let Some(at) = strays.iter().position(|(stray, _)| *stray == made) {
+                *early = strays.remove(at).map(|(_, ended)| ended);
+                return Ok(());
+            }
+            *pidfd = Some(pidfd::open(made)?);
+            *pid = made;
+            *ticks = reaper::start_ticks(made);
+            Ok(())
+        };
+        if !hear_start(starting, &mut exec.console, hold) {
             return;
         }
         let asker = starting.asker;
@@ -110,6 +142,11 @@ impl Monitor {
             ReplyBody::Started(started),
             console.into_iter().chain(pidfd).collect(),
         );
+        let early = self.execs.get_mut(&key).and_then(|exec| exec.early.take());
+        if let Some(ended) = early {
+            self.end_exec(key, ended);
+            return;
+        }
         // A client that went away before its exec had started.
         if !self.connections.contains_key(&asker.connection)
             && let Some(exec) = self.execs.get(&key)
@@ -125,6 +162,13 @@ impl Monitor {
     }
 
     pub(super) fn end_exec(&mut self, key: u64, ended: Ended) {
+        if let Some(exec) = self.execs.get_mut(&key)
+            && exec.starting.is_some()
+        {
+            // An OCI runtime's, whose driver has the last word on the start.
+            exec.early = Some(ended);
+            return;
+        }
         let Some(mut exec) = self.execs.remove(&key) else {
             return;
         };
@@ -152,6 +196,9 @@ impl ExecProcess {
         let Some(pidfd) = &self.pidfd else {
             return Err(Errno::SRCH);
         };
+        if self.pid == 0 {
+            return pidfd::send_signal(pidfd, signal);
+        }
         // Not reaped yet, so the pid is still its own and the group's.
         match process::signal_group(self.pid, signal) {
             Err(Errno::SRCH) => pidfd::send_signal(pidfd, signal),
@@ -162,4 +209,25 @@ impl ExecProcess {
     pub(super) fn kill(&self, signal: i32) {
         let _ = self.signal(signal);
     }
+}
+
+/// Clones a child that has an OCI runtime run the process.
+fn drive_exec(
+    exec: &proto::Exec,
+    runtime: &proto::OciRuntime,
+    fds: &[OwnedFd],
+    status: &OwnedFd,
+) -> Result<(i32, OwnedFd), Failed> {
+    let stream = |index: Option<u32>| index.and_then(|index| fds.get(index as usize));
+    let process = exec.process.as_ref();
+    let driver = Driver {
+        runtime,
+        container_id: &exec.container_id,
+        status,
+        gate: None,
+        streams: [exec.stdin_fd, exec.stdout_fd, exec.stderr_fd].map(stream),
+        tty: process.is_some_and(|process| process.tty),
+        size: process.map_or((0, 0), |process| (process.tty_width, process.tty_height)),
+    };
+    fork_driver(&driver, |driver| driver.exec(&exec.exec_id, &exec.oci_process))
 }

@@ -173,14 +173,24 @@ impl Monitor {
                 streams.stderr.as_ref(),
             ],
         };
-        let (pid, pidfd) =
-            match fork_init(&init, target.as_ref(), &self.own_pid, &mut self.pid_astray) {
-                Ok(child) => child,
-                Err(failed) => {
-                    // The logger ends by itself: nobody holds its streams or control.
-                    return Err(failed.into());
-                }
-            };
+        let child = match &launch.oci_runtime {
+            None => fork_init(&init, target.as_ref(), &self.own_pid, &mut self.pid_astray),
+            Some(runtime) => {
+                let wanted = launch.process.as_ref();
+                let driver = Driver {
+                    runtime,
+                    container_id: &id,
+                    status: &theirs,
+                    gate: Some(&gate),
+                    streams: init.streams,
+                    tty,
+                    size: wanted.map_or((0, 0), |process| (process.tty_width, process.tty_height)),
+                };
+                fork_driver(&driver, |driver| driver.launch())
+            }
+        };
+        // Otherwise the logger ends by itself: nobody holds its streams or control.
+        let (pid, pidfd) = child?;
         drop(theirs);
 
         let token = self.token(Source::Init(id.clone()));
@@ -192,9 +202,11 @@ impl Monitor {
         let logger_token = self.token(Source::Logger(id.clone()));
         // Without, an answer is only heard when the logger ends.
         let _ = watch(&self.epoll, &control, logger_token);
+        let driven = launch.oci_runtime.is_some();
         let container = Container {
-            pid,
+            pid: if driven { 0 } else { pid },
             pidfd,
+            early: None,
             start_ticks: reaper::start_ticks(pid),
             started_at: 0,
             phase: Phase::Starting(Starting {
@@ -237,7 +249,16 @@ impl Monitor {
         let Phase::Starting(starting) = &mut container.phase else {
             return;
         };
-        if !hear_start(starting, &mut container.console) {
+        let (pid, pidfd) = (&mut container.pid, &mut container.pidfd);
+        let ticks = &mut container.start_ticks;
+        // It waits for the driver's word, so it is there.
+        let hold = |made: i32| {
+            *pidfd = pidfd::open(made)?;
+            *pid = made;
+            *ticks = reaper::start_ticks(made);
+            Ok(())
+        };
+        if !hear_start(starting, &mut container.console, hold) {
             return;
         }
         let token = starting.token;
@@ -250,6 +271,7 @@ impl Monitor {
         }
         container.phase = Phase::Running;
         container.started_at = now();
+        let early = container.early.take();
         self.sources.remove(&token);
         let started = proto::Started {
             pid: container.pid,
@@ -261,6 +283,9 @@ impl Monitor {
             self.give_console(container);
         }
         self.reply(asker, ReplyBody::Started(started), fds);
+        if let Some(ended) = early {
+            self.end_container(id, ended);
+        }
     }
 
     /// Takes a container that never ran away again.
@@ -283,6 +308,17 @@ struct Streams {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+}
+
+/// Clones a child that drives an OCI runtime.
+pub(super) fn fork_driver(
+    driver: &Driver<'_>,
+    body: impl FnOnce(&Driver<'_>) -> i32,
+) -> Result<(i32, OwnedFd), Failed> {
+    match clone::fork(clone::Options::default()).step("clone", driver.container_id)? {
+        Forked::Child => process::child(driver.keep(), || body(driver)),
+        Forked::Parent { pid, pidfd } => Ok((pid, pidfd)),
+    }
 }
 
 /// Clones a container's init with the PID namespace and cgroup it asks for.

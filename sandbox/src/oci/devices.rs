@@ -35,6 +35,7 @@ const OWN: [&str; 6] = ["ptmx", "pts", "shm", "mqueue", "fd", "console"];
 /// The nodes by path, each once, and the cgroup's rules in order.
 pub(super) fn build(
     container: &ContainerSpec,
+    host_devices: bool,
 ) -> Result<(Vec<LinuxDevice>, Vec<DeviceRule>), OciError> {
     let mut nodes = BTreeMap::new();
     let mut put = |device: LinuxDevice| nodes.insert(device.path().clone(), device);
@@ -42,7 +43,8 @@ pub(super) fn build(
         put(always(device));
     }
     let mut rules = DeviceRule::defaults();
-    if container.security.privileged {
+    let all = container.security.privileged && host_devices;
+    if all {
         for device in below(Path::new("/dev"), Path::new("/dev"))? {
             put(device);
         }
@@ -51,7 +53,7 @@ pub(super) fn build(
     for request in &container.devices {
         let access = access(request)?;
         for device in expand(request)? {
-            if !container.security.privileged {
+            if !all {
                 rules.push(rule(&device, access));
             }
             put(device);

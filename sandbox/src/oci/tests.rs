@@ -137,6 +137,7 @@ impl Sample {
             cgroup_path: &self.cgroup_path,
             image_volumes: &self.image_volumes,
             defaults: &self.defaults,
+            host_devices: true,
         })
     }
 

@@ -183,6 +183,17 @@ impl Arch {
         }
     }
 
+    /// The other way.
+    pub(super) fn profile_name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "SCMP_ARCH_X86_64",
+            Self::X86 => "SCMP_ARCH_X86",
+            Self::X32 => "SCMP_ARCH_X32",
+            Self::Aarch64 => "SCMP_ARCH_AARCH64",
+            Self::Arm => "SCMP_ARCH_ARM",
+        }
+    }
+
     /// As `includes.arches` of a profile has it.
     pub(super) fn short(self) -> &'static str {
         match self {

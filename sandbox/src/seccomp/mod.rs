@@ -16,6 +16,7 @@
 mod arch;
 mod bpf;
 mod profile;
+mod spec;
 
 pub use arch::Arch;
 
@@ -139,6 +140,14 @@ impl Compiler {
     /// # Errors
     /// It cannot be read, is no plain file, or is no profile.
     pub fn compile_file(&self, path: &Path, caps: CapSet) -> Result<Arc<Filter>, Error> {
+        self.compile(&Self::read(path)?, caps)
+    }
+
+    /// A profile on this node, as it is.
+    ///
+    /// # Errors
+    /// It cannot be read or is no plain file of a profile's size.
+    pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
         let failed = |source| Error::Read {
             path: path.to_owned(),
             source,
@@ -161,7 +170,7 @@ impl Compiler {
                 path: path.to_owned(),
             });
         }
-        self.compile(&json, caps)
+        Ok(json)
     }
 
     /// The filter of a profile for a container with the capabilities `caps`.

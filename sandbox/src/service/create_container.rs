@@ -251,6 +251,9 @@ impl Inner {
             cgroup_path: container.cgroup.as_ref().map_or("", Cgroup::path),
             image_volumes: &self.image_volumes(container),
             defaults: &self.settings.defaults,
+            host_devices: self
+                .oci_runtime(&pod.spec)?
+                .is_none_or(|runtime| !runtime.privileged_without_host_devices),
         };
         let mut built = oci::build(&input).map_err(invalid(format!(
             "container {} cannot be run",

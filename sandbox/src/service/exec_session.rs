@@ -165,7 +165,8 @@ impl ExecControl {
 
 impl Sandboxes {
     /// Runs a process in a running container as the container's own first
-    /// process would run: user, capabilities, filter, limits, cgroup.
+    /// process would run: user, capabilities, filter, limits, cgroup. In a pod
+    /// whose handler is an OCI runtime that one runs it.
     ///
     /// A caller that drops the future leaves nothing running.
     ///
@@ -201,7 +202,10 @@ impl Inner {
         } else {
             Streams::make(exec.stdin, exec.stdout, exec.stderr)?
         };
-        let process = self.exec_process(container, exec).await?;
+        let pod = self.pod(container.pod.as_str())?;
+        let oci_runtime = self.runtime_for_monitor(&pod.spec, container, &monitor)?;
+        let foreign = oci_runtime.is_some();
+        let (process, oci_process) = self.exec_process(container, exec, foreign).await?;
         // Unlike any of an earlier daemon's whose execs are still ending.
         let exec_id = format!(
             "{}-{}",
@@ -220,6 +224,8 @@ impl Inner {
             stdin_fd: streams.index[0],
             stdout_fd: streams.index[1],
             stderr_fd: streams.index[2],
+            oci_runtime,
+            oci_process,
         };
         let ended = monitor.expect_exec(&exec_id).shared();
         let [stdin, stdout, stderr] = streams.ours;
@@ -258,10 +264,15 @@ impl Inner {
         self: &Arc<Self>,
         container: &Arc<ContainerRecord>,
         exec: ExecRequest,
-    ) -> Result<monitor_v1::Process> {
+        foreign: bool,
+    ) -> Result<(monitor_v1::Process, String)> {
         let (me, container) = (self.clone(), container.clone());
         blocking(move || {
             let (spec, raw_env) = me.runtime_spec(&container)?;
+            let oci_process = match foreign {
+                true => super::foreign::exec_process(&spec, &exec.command, exec.tty)?,
+                false => String::new(),
+            };
             let seccomp = me.seccomp_filter(&container, &spec)?;
             let (program, flags) = seccomp
                 .as_deref()
@@ -271,7 +282,7 @@ impl Inner {
             process.argv = exec.command.into_iter().map(String::into_bytes).collect();
             process.tty = exec.tty;
             process.seccomp_flags = flags;
-            Ok(process)
+            Ok((process, oci_process))
         })
         .await
     }

@@ -49,6 +49,7 @@ impl Inner {
             return Ok(pod.id.clone());
         }
         self.check_user_namespace(&spec)?;
+        self.check_handler(&spec)?;
         if spec.namespaces.network == Namespace::Pod {
             let (me, handler) = (self.clone(), spec.runtime_handler.clone());
             blocking(move || {

@@ -10,6 +10,11 @@ use std::process::{Child, Stdio};
 /// Holds a scope; it ends when this is dropped, and by itself when the daemon ends.
 pub(super) struct Held(Option<Child>);
 
+impl Held {
+    /// Nothing to hold.
+    pub(super) const NOTHING: Held = Held(None);
+}
+
 impl Inner {
     /// Makes the container's scope, limits it and holds it. Without systemd there is nothing
     /// to hold. Blocking.

@@ -2,6 +2,7 @@
 
 use super::scope::Held;
 use super::{Inner, Sandboxes, blocking, internal, now};
+use crate::cgroup::Cgroup;
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
 use crate::id::ContainerId;
@@ -9,10 +10,13 @@ use crate::launch::{self, Extra};
 use crate::monitor::MonitorError;
 use crate::oci;
 use crate::operation::{Stage, lock};
+use crate::pod::PodRecord;
 use crate::pod_spec::{Namespace, PidMode};
 use berth_proto::monitor_v1::{self, reply, request};
 use berth_store::crash;
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What StartError is reported with, as peers do.
@@ -100,8 +104,16 @@ impl Inner {
         stage.enter("plan");
         let monitor = self.monitor(&container.pod)?;
         let (me, record) = (self.clone(), container.clone());
+        let pod = self.pod(container.pod.as_str())?;
         // Held until the answer is here: then init is in the scope.
-        let (message, fds, _held) = blocking(move || me.plan(&record)).await?;
+        let (message, fds, _held) = match self.runtime_for_monitor(&pod.spec, container, &monitor)? {
+            None => blocking(move || me.plan(&record)).await?,
+            Some(runtime) => {
+                let held = Inner::held_namespaces(&monitor).await?;
+                let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
+                (planned.await?, Vec::new(), Held::NOTHING)
+            }
+        };
         crash::point("start_container.planned");
         stage.enter("launch");
         self.begin_launch(&container.id).await?;
@@ -185,22 +197,8 @@ impl Inner {
             .map(|mapping| self.mapped(mapping))
             .collect::<Result<_>>()?;
         let target = self.pid_target(container)?;
-        if let Some(dir) = container
-            .log_path
-            .parent()
-            .filter(|dir| !dir.as_os_str().is_empty())
-        {
-            std::fs::create_dir_all(dir).map_err(internal(format!(
-                "cannot make the log directory {}",
-                dir.display()
-            )))?;
-        }
-        let cgroup = container.cgroup.as_ref().ok_or_else(|| {
-            SandboxError::new(
-                Kind::Internal,
-                format!("container {} has no cgroup", container.id),
-            )
-        })?;
+        make_log_directory(container)?;
+        let cgroup = cgroup_of(container)?;
         // Last of what may fail: from here on it costs the kernel something.
         let held = self.hold_scope(container, &oci::device_rules(&spec))?;
         let namespaces = &pod.spec.namespaces;
@@ -241,6 +239,61 @@ impl Inner {
         message.log_policy = Some(self.settings.log_policy.for_monitor());
         Ok((message, fds, held))
     }
+}
+
+impl Inner {
+    /// The same for an OCI runtime, whose bundle says most of it.
+    fn plan_foreign(
+        &self,
+        pod: &PodRecord,
+        container: &ContainerRecord,
+        runtime: monitor_v1::OciRuntime,
+        held: &BTreeMap<String, PathBuf>,
+    ) -> Result<monitor_v1::Launch> {
+        make_log_directory(container)?;
+        let cgroup = cgroup_of(container)?;
+        self.make_bundle(pod, container, held)?;
+        Ok(monitor_v1::Launch {
+            container_id: container.id.to_string(),
+            process: Some(monitor_v1::Process {
+                tty: container.spec.tty,
+                ..Default::default()
+            }),
+            cgroup: Some(cgroup.for_monitor()),
+            new_pid: container.spec.security.pid == PidMode::Container,
+            log_path: container.log_path.to_string_lossy().into_owned(),
+            log_line_bytes: self.settings.log_line_bytes,
+            log_policy: Some(self.settings.log_policy.for_monitor()),
+            stdin: container.spec.stdin,
+            stdin_once: container.spec.stdin_once,
+            exit_record: self
+                .objects
+                .exit_path(&container.pod, &container.id)
+                .to_string_lossy()
+                .into_owned(),
+            oci_runtime: Some(runtime),
+            ..Default::default()
+        })
+    }
+}
+
+fn make_log_directory(container: &ContainerRecord) -> Result<()> {
+    match container.log_path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => {
+            std::fs::create_dir_all(dir).map_err(internal(format!(
+                "cannot make the log directory {}",
+                dir.display()
+            )))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn cgroup_of(container: &ContainerRecord) -> Result<&Cgroup> {
+    container.cgroup.as_ref().ok_or_else(|| {
+        let text = format!("container {} has no cgroup", container.id);
+        SandboxError::new(Kind::Internal, text)
+    })
 }
 
 /// Takes the container out of [`Inner::launching`] at the end of its start.

@@ -194,14 +194,15 @@ impl Inner {
         let Some(cgroup) = container.cgroup.clone() else {
             return Ok(());
         };
-        let (me, id) = (self.clone(), container.id.clone());
+        let (me, container) = (self.clone(), container.clone());
         blocking(move || {
-            cgroup
-                .kill_all(KILL_DEADLINE)
-                .and_then(|()| me.cgroups.release(&cgroup, KILL_DEADLINE))
-                .map_err(internal(format!(
-                    "cannot remove the cgroup of container {id}"
-                )))
+            let text = format!("cannot remove the cgroup of container {}", container.id);
+            cgroup.kill_all(KILL_DEADLINE).map_err(internal(&text))?;
+            let forgotten = me.forget_bundle(&container);
+            me.cgroups
+                .release(&cgroup, KILL_DEADLINE)
+                .map_err(internal(&text))?;
+            forgotten
         })
         .await
     }

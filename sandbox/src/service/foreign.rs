@@ -1,0 +1,427 @@
+//! Containers of pods whose handler is an OCI runtime.
+//!
+//! ```text
+//! run/bundles/<container>/config.json     the OCI spec, made anew at each start
+//!                         rootfs          the container's root file system, mounted
+//!                         volumes/<n>     image volumes, mounted
+//! ```
+//!
+//! The mounts stand in the host's table, as such a runtime needs paths. They,
+//! the bundle and what the runtime keeps go when the container has ended.
+//!
+//! Source: OCI runtime-spec, `bundle.md`.
+
+use super::create_container::invalid;
+use super::{Inner, internal};
+use crate::cgroup::Driver;
+use crate::container::ContainerRecord;
+use crate::container_spec::{ContainerSpec, SeccompProfile};
+use crate::error::{Kind, Result, SandboxError};
+use crate::handler::{BUILT_IN, OciRuntime};
+use crate::monitor::Monitor;
+use crate::pod::PodRecord;
+use crate::pod_spec::{PidMode, PodSpec};
+use crate::{oci, seccomp};
+use berth_proto::monitor_v1::{self, feature, reply, request};
+use berth_sys::{Errno, mount};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use rustix::fs::{FileType, Mode, OFlags};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+/// Largest base spec read. Unit: bytes.
+const MOST_BASE_SPEC: u64 = 1 << 20;
+
+impl Inner {
+    /// The OCI runtime of a pod, with its handler's name; `None` for the built-in
+    /// launcher.
+    ///
+    /// # Errors
+    /// `WrongState` where the node has lost the pod's handler.
+    pub(super) fn oci_runtime(&self, pod: &PodSpec) -> Result<Option<&OciRuntime>> {
+        let name = pod.runtime_handler.as_str();
+        if BUILT_IN.contains(&name) {
+            return Ok(None);
+        }
+        match self.settings.handlers.oci(name) {
+            Some(runtime) => Ok(Some(runtime)),
+            None => {
+                let text = format!("this node has no runtime handler {name:?} any more");
+                Err(SandboxError::new(Kind::WrongState, text))
+            }
+        }
+    }
+
+    /// What a pod may not ask for where an OCI runtime is its handler.
+    pub(super) fn check_handler(&self, pod: &PodSpec) -> Result<()> {
+        if self.oci_runtime(pod)?.is_none() {
+            return Ok(());
+        }
+        let name = &pod.runtime_handler;
+        let refused = |what: &str| {
+            let text = format!("the runtime handler {name:?} cannot have {what}");
+            Err(SandboxError::new(Kind::Unsupported, text))
+        };
+        if pod.namespaces.user.is_some() {
+            return refused("pods in user namespaces; the built-in handler can");
+        }
+        if self.cgroups.driver() == Driver::Systemd {
+            return refused("the cgroup driver systemd; the built-in handler can");
+        }
+        Ok(())
+    }
+
+    fn bundle(&self, container: &ContainerRecord) -> PathBuf {
+        self.settings.run.join("bundles").join(container.id.as_str())
+    }
+
+    /// What the monitor is told of the runtime; `None` for the built-in launcher.
+    ///
+    /// # Errors
+    /// The monitor is too old, or the handler is gone.
+    pub(super) fn runtime_for_monitor(
+        &self,
+        pod: &PodSpec,
+        container: &ContainerRecord,
+        monitor: &Monitor,
+    ) -> Result<Option<monitor_v1::OciRuntime>> {
+        let Some(runtime) = self.oci_runtime(pod)? else {
+            return Ok(None);
+        };
+        if monitor.hello.features & feature::OCI_RUNTIME == 0 {
+            let text = "the pod's monitor is of an earlier version: it knows the built-in handler only";
+            return Err(SandboxError::new(Kind::Unsupported, text));
+        }
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        Ok(Some(monitor_v1::OciRuntime {
+            program: text(&runtime.path),
+            root: text(&runtime.root),
+            options: runtime.options.clone(),
+            bundle: text(&self.bundle(container)),
+        }))
+    }
+
+    /// Where the pod's namespaces can be joined, by kind.
+    pub(super) async fn held_namespaces(monitor: &Monitor) -> Result<BTreeMap<String, PathBuf>> {
+        let asked = monitor.ask(request::Body::Inspect(monitor_v1::Inspect {}), Vec::new());
+        let (answer, _) = asked
+            .await
+            .map_err(internal("the monitor does not say what it holds"))?;
+        let reply::Body::State(state) = answer else {
+            let text = "the monitor's answer does not fit";
+            return Err(SandboxError::new(Kind::Internal, text));
+        };
+        let pid = monitor.hello.pid;
+        let path = |fd: i32| PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
+        let held = state.held.into_iter();
+        Ok(held.map(|held| (held.kind, path(held.fd))).collect())
+    }
+
+    /// Lays the bundle out.
+    ///
+    /// Blocks on whatever the container has mounted.
+    pub(super) fn make_bundle(
+        &self,
+        pod: &PodRecord,
+        container: &ContainerRecord,
+        held: &BTreeMap<String, PathBuf>,
+    ) -> Result<()> {
+        let Some(runtime) = self.oci_runtime(&pod.spec)? else {
+            return Ok(());
+        };
+        let failed = || format!("cannot make the bundle of container {}", container.id);
+        let (mut spec, raw_env) = self.runtime_spec(container)?;
+        if let Some(variable) = raw_env.iter().find(|entry| std::str::from_utf8(entry).is_err()) {
+            let name = String::from_utf8_lossy(variable).into_owned();
+            let text = format!("the environment variable {name:?} is not UTF-8, as an OCI runtime wants");
+            return Err(SandboxError::new(Kind::Invalid, text));
+        }
+        self.clear_bundle(container).map_err(internal(failed()))?;
+        let dir = self.bundle(container);
+        let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o711).create(path);
+        make(&dir.join("rootfs")).map_err(internal(failed()))?;
+        fs::create_dir_all(&runtime.root).map_err(internal(failed()))?;
+
+        self.join_namespaces(&mut spec, container, held)?;
+        self.add_seccomp(&mut spec, container)?;
+        self.add_annotations(&mut spec, pod, &container.spec, runtime);
+        let rootfs = self.rootfs(&pod.spec, container)?;
+        attach(&rootfs, &dir.join("rootfs")).map_err(internal(failed()))?;
+        let volumes = self.mounted_images(&pod.spec, container)?;
+        for (i, (target, fd)) in volumes.into_iter().enumerate() {
+            let place = dir.join("volumes").join(i.to_string());
+            make(&dir.join("volumes")).map_err(internal(failed()))?;
+            place_for(&fd, &place).map_err(internal(failed()))?;
+            attach(&fd, &place).map_err(internal(failed()))?;
+            set_source(&mut spec, &target, place);
+        }
+        make_sources(&spec).map_err(internal(failed()))?;
+        let text = with_base(&spec, runtime.base_spec.as_deref()).map_err(invalid(failed()))?;
+        fs::write(dir.join("config.json"), text).map_err(internal(failed()))
+    }
+
+    fn join_namespaces(
+        &self,
+        spec: &mut Spec,
+        container: &ContainerRecord,
+        held: &BTreeMap<String, PathBuf>,
+    ) -> Result<()> {
+        let target = match &container.spec.security.pid {
+            PidMode::Target(_) => self.pid_target(container)?,
+            PidMode::Pod | PidMode::Container | PidMode::Node => None,
+        };
+        let target = target.and_then(|target| target.state.pid());
+        let Some(linux) = spec.linux_mut() else {
+            return Ok(());
+        };
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in namespaces.iter_mut().filter(|one| one.path().is_some()) {
+            let path = match (namespace.typ(), target) {
+                (LinuxNamespaceType::Pid, Some(pid)) => Some(format!("/proc/{pid}/ns/pid").into()),
+                (LinuxNamespaceType::Pid, None) => held.get("pid").cloned(),
+                (LinuxNamespaceType::Ipc, _) => held.get("ipc").cloned(),
+                (LinuxNamespaceType::Uts, _) => held.get("uts").cloned(),
+                _ => continue,
+            };
+            let kind = namespace.typ().to_string();
+            let path = path.ok_or_else(|| {
+                let text = format!("the pod's monitor holds no {kind} namespace");
+                SandboxError::new(Kind::Internal, text)
+            })?;
+            namespace.set_path(Some(path));
+        }
+        linux.set_namespaces(Some(namespaces));
+        Ok(())
+    }
+
+    fn add_seccomp(&self, spec: &mut Spec, container: &ContainerRecord) -> Result<()> {
+        let security = &container.spec.security;
+        if security.privileged {
+            return Ok(());
+        }
+        let process = spec.process().as_ref();
+        let held = process.and_then(|process| process.capabilities().as_ref());
+        let caps = oci::capability_set(held.and_then(|sets| sets.bounding().as_ref()));
+        let profile = match &security.seccomp {
+            SeccompProfile::Unconfined => return Ok(()),
+            SeccompProfile::RuntimeDefault => self.seccomp.oci_default(caps),
+            SeccompProfile::Localhost(path) => seccomp::Compiler::read(path)
+                .and_then(|json| self.seccomp.oci(&json, caps)),
+        };
+        let profile = profile.map_err(invalid("cannot use the seccomp profile"))?;
+        if let Some(linux) = spec.linux_mut() {
+            linux.set_seccomp(Some(profile));
+        }
+        Ok(())
+    }
+
+    /// Those that the runtime is to be told of; the container's win.
+    fn add_annotations(
+        &self,
+        spec: &mut Spec,
+        pod: &PodRecord,
+        container: &ContainerSpec,
+        runtime: &OciRuntime,
+    ) {
+        let mut all = spec.annotations().clone().unwrap_or_default();
+        let asked = pod.spec.annotations.iter().chain(&container.annotations);
+        for (key, value) in asked.filter(|(key, _)| runtime.is_told(key)) {
+            all.insert(key.clone(), value.clone());
+        }
+        spec.set_annotations(Some(all));
+    }
+
+    /// Has the runtime forget the container and takes its bundle apart. What is
+    /// gone counts as forgotten; a container of the built-in launcher has none.
+    ///
+    /// Blocks.
+    pub(super) fn forget_bundle(&self, container: &ContainerRecord) -> Result<()> {
+        if !self.bundle(container).exists() {
+            return Ok(());
+        }
+        let text = || format!("cannot have the runtime of container {} forget it", container.id);
+        let view = self.objects.view();
+        let runtime = view
+            .pod(container.pod.as_str())
+            .and_then(|pod| self.settings.handlers.oci(&pod.spec.runtime_handler));
+        if let Some(runtime) = runtime {
+            runtime.delete(container.id.as_str()).map_err(internal(text()))?;
+        }
+        self.clear_bundle(container).map_err(internal(text()))
+    }
+
+    /// Takes the bundle's mounts and files away, one by one: a mount that stays
+    /// must not be emptied.
+    fn clear_bundle(&self, container: &ContainerRecord) -> io::Result<()> {
+        let dir = self.bundle(container);
+        let mut places = vec![dir.join("rootfs")];
+        places.extend(entries(&dir.join("volumes"))?);
+        for place in places {
+            loop {
+                match mount::detach(&place) {
+                    Ok(()) => {}
+                    Err(Errno::INVAL | Errno::NOENT) => break,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            remove(&place)?;
+        }
+        remove(&dir.join("volumes"))?;
+        for file in entries(&dir)? {
+            remove(&file)?;
+        }
+        remove(&dir)
+    }
+}
+
+/// An OCI process as a runtime's `exec` takes it.
+///
+/// # Errors
+/// The spec has no process.
+pub(super) fn exec_process(spec: &Spec, command: &[String], tty: bool) -> Result<String> {
+    let process = spec.process().as_ref().ok_or_else(|| {
+        SandboxError::new(Kind::Internal, "the container's spec has no process")
+    })?;
+    let mut process = process.clone();
+    process
+        .set_args(Some(command.to_vec()))
+        .set_terminal(Some(tty));
+    serde_json::to_string(&process).map_err(internal("cannot say how the command is to run"))
+}
+
+fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a file or an empty directory; what is gone counts as removed.
+fn remove(path: &Path) -> io::Result<()> {
+    let outcome = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// A directory or a file, as what is to be mounted there.
+fn place_for(what: &OwnedFd, place: &Path) -> io::Result<()> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(what)?.st_mode);
+    match kind {
+        FileType::Directory => fs::create_dir(place),
+        _ => fs::File::create(place).map(drop),
+    }
+}
+
+fn attach(what: &OwnedFd, place: &Path) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let onto = rustix::fs::open(place, flags, Mode::empty())?;
+    Ok(mount::attach(what, onto)?)
+}
+
+/// Has the mount at `target` come from `source`.
+fn set_source(spec: &mut Spec, target: &Path, source: PathBuf) {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in mounts.iter_mut().filter(|mount| mount.destination() == target) {
+        mount.set_source(Some(source.clone()));
+    }
+    spec.set_mounts(Some(mounts));
+}
+
+/// Makes the directories that bind mounts are to come from and that are not
+/// there, as the built-in launcher does.
+fn make_sources(spec: &Spec) -> io::Result<()> {
+    let is_bind = |mount: &&Mount| mount.typ().as_deref() == Some("bind");
+    for mount in spec.mounts().iter().flatten().filter(is_bind) {
+        if let Some(source) = mount.source()
+            && !source.exists()
+        {
+            fs::create_dir_all(source)?;
+        }
+    }
+    Ok(())
+}
+
+/// The spec as JSON, above the base where there is one.
+fn with_base(spec: &Spec, base: Option<&Path>) -> io::Result<String> {
+    let ours = serde_json::to_value(spec)?;
+    let Some(path) = base else {
+        return Ok(ours.to_string());
+    };
+    let name = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    if fs::metadata(path).map_err(name)?.len() > MOST_BASE_SPEC {
+        return Err(name(io::Error::other("too large for a base spec")));
+    }
+    let text = fs::read(path).map_err(name)?;
+    let mut merged: Value = serde_json::from_slice(&text).map_err(|error| name(error.into()))?;
+    merge(&mut merged, ours);
+    // What of a base is no spec is found here, not by the runtime.
+    let merged: Spec = serde_json::from_value(merged).map_err(|error| name(error.into()))?;
+    Ok(serde_json::to_string(&merged)?)
+}
+
+/// Puts `ours` above `base`: objects by key, everything else whole; an empty
+/// list of ours says nothing.
+fn merge(base: &mut Value, ours: Value) {
+    match (base, ours) {
+        (Value::Object(base), Value::Object(ours)) => {
+            for (key, value) in ours {
+                merge(base.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (_, Value::Null) => {}
+        (base, Value::Array(ours)) if ours.is_empty() && base.is_array() => {}
+        (base, ours) => *base = ours,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_base_counts_where_we_say_nothing() {
+        let mut base = json!({"hooks": {"poststop": [1]}, "process": {"cwd": "/base", "rlimits": [2]},
+            "mounts": [3]});
+        let ours = json!({"process": {"cwd": "/ours", "rlimits": [], "user": null}, "mounts": [4]});
+        merge(&mut base, ours);
+        assert_eq!(
+            base,
+            json!({"hooks": {"poststop": [1]}, "process": {"cwd": "/ours", "rlimits": [2], "user": null},
+                "mounts": [4]})
+        );
+    }
+
+    #[test]
+    fn a_base_that_is_no_spec_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base.json");
+        fs::write(&path, r#"{"linux": 3}"#).unwrap();
+        let error = with_base(&Spec::default(), Some(&path)).unwrap_err();
+        assert!(error.to_string().contains("base.json"), "{error}");
+        fs::write(&path, r#"{"hooks":{"poststop":[{"path":"/bin/true"}]}}"#).unwrap();
+        let text = with_base(&Spec::default(), Some(&path)).unwrap();
+        assert!(text.contains("/bin/true"), "{text}");
+    }
+
+    #[test]
+    fn an_exec_is_the_containers_process_with_another_command() {
+        let spec = Spec::default();
+        let text = exec_process(&spec, &["ls".into()], true).unwrap();
+        let process: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(process["args"], json!(["ls"]));
+        assert_eq!(process["terminal"], json!(true));
+    }
+}
