@@ -12,7 +12,9 @@ use crate::rpc::MESSAGE_BYTES;
 use crate::runtime::Runtime;
 use crate::streaming::{Streaming, StreamingError};
 use crate::{logging, metrics_http, socket};
-use berth_image_service::service as image_service;
+use berth_image_service::pinned::Patterns;
+use berth_image_service::proxy::ProxyEnvironment;
+use berth_image_service::{hosts, service as image_service};
 use berth_netplugin::{bridge, network};
 use berth_proto::admin_v1::admin_server::AdminServer;
 use berth_proto::runtime_v1::image_service_server::ImageServiceServer;
@@ -219,10 +221,7 @@ async fn open(
         network::Network::open(network_settings(&config, &places))
             .map_err(|error| ServeError::Network(Box::new(error)))?,
     );
-    let mut settings =
-        image_service::Settings::new(places.images.clone(), places.containers.clone());
-    settings.certs_d = places.certs_d.clone();
-    settings.max_layer_downloads = config.images.max_parallel_downloads as usize;
+    let settings = image_settings(&config, &places);
     let images = tokio::task::spawn_blocking(move || image_service::ImageService::open(settings))
         .await
         .map_err(start("open the images"))?
@@ -240,6 +239,17 @@ async fn open(
     let mut defaults = oci::Defaults::default();
     let nofile = (config.runtime.nofile_soft, config.runtime.nofile_hard);
     defaults.rlimits.insert(oci::Rlimit::Nofile, nofile);
+    if facts.apparmor {
+        defaults.apparmor = true;
+        match tokio::task::spawn_blocking(apparmor::load_default).await {
+            Ok(Ok(())) => defaults.apparmor_profile = Some(apparmor::DEFAULT_PROFILE.to_owned()),
+            Ok(Err(error)) => tracing::warn!(
+                error = crate::rpc::chain(&error),
+                "no default AppArmor profile: containers that ask for it are unconfined"
+            ),
+            Err(error) => return Err(start("load the AppArmor profile")(error)),
+        }
+    }
     let settings = Settings {
         lib: places.lib.clone(),
         run: places.run.clone(),
@@ -322,6 +332,27 @@ pub fn cgroup_settings(config: &Config) -> cgroup::Settings {
         memory_guard: config.cgroup.memory_guard,
         ..cgroup::Settings::default()
     }
+}
+
+/// What the image service is opened with; also for explaining a pull without a daemon.
+pub fn image_settings(config: &Config, places: &Places) -> image_service::Settings {
+    let mut settings =
+        image_service::Settings::new(places.images.clone(), places.containers.clone());
+    settings.certs_d = places.certs_d.clone();
+    settings.registries_conf = Some(places.registries_conf.clone());
+    settings.auth_file = Some(places.auth_file.clone());
+    settings.policy = Some(places.policy.clone());
+    settings.fallback = match config.images.fallback {
+        config::Fallback::Origin => hosts::Fallback::Origin,
+        config::Fallback::Never => hosts::Fallback::Never,
+    };
+    settings.proxies = ProxyEnvironment::of_this_process();
+    settings.pinned = Patterns::new(config.images.pinned.clone());
+    settings.max_pulls = config.images.max_parallel_pulls as usize;
+    settings.max_layer_downloads = config.images.max_parallel_downloads as usize;
+    settings.max_layers = config.images.max_parallel_layers as usize;
+    settings.timeouts.min_rate = config.images.min_bytes_per_second;
+    settings
 }
 
 fn network_settings(config: &Config, places: &Places) -> network::NetworkSettings {

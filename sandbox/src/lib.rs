@@ -5,6 +5,7 @@
 //! [`ContainerSpec`] and what it finds in a [`view::View`] into answers.
 #![forbid(unsafe_code)]
 
+pub mod apparmor;
 pub mod capability;
 pub mod cdi;
 pub mod cgroup;

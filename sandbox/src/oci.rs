@@ -156,8 +156,10 @@ pub struct Defaults {
     pub umask: u32,
     /// NAME and value; the image's and the container's own take precedence.
     pub env: Vec<(String, String)>,
+    /// Whether the host has AppArmor.
+    pub apparmor: bool,
     /// The AppArmor profile of who asks for the runtime's default; `None` where
-    /// the host has no AppArmor.
+    /// there is none, who asks for it is unconfined then.
     pub apparmor_profile: Option<String>,
     /// Whether the host enforces SELinux labels; without, they are left out.
     pub selinux: bool,
@@ -175,6 +177,7 @@ impl Default for Defaults {
             capabilities: CapSet::up_to(40),
             umask: 0o022,
             env: Vec::new(),
+            apparmor: false,
             apparmor_profile: None,
             selinux: false,
             least_oom_score_adj: -1000,

@@ -37,12 +37,8 @@ pub fn check_container(spec: &ContainerSpec, node: &NodeFacts) -> Result<()> {
                 .at("apparmor")
                 .unsupported("AppArmor is not enabled on this node"));
         }
-        (AppArmorProfile::Localhost(_), true) => {
-            return Err(context
-                .at("apparmor")
-                .unsupported("AppArmor profiles are not supported yet"));
-        }
-        (AppArmorProfile::RuntimeDefault | AppArmorProfile::Unconfined, _) => {}
+        (AppArmorProfile::Localhost(_), true)
+        | (AppArmorProfile::RuntimeDefault | AppArmorProfile::Unconfined, _) => {}
     }
     let mounts = CONFIG.at("mounts");
     for (i, mount) in spec.mounts.iter().enumerate() {

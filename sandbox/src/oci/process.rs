@@ -197,7 +197,7 @@ fn apparmor(input: &Input<'_>) -> Result<Option<String>, OciError> {
         AppArmorProfile::Unconfined => Ok(None),
         AppArmorProfile::RuntimeDefault if security.privileged => Ok(None),
         AppArmorProfile::RuntimeDefault => Ok(available.clone()),
-        AppArmorProfile::Localhost(profile) if available.is_some() => Ok(Some(profile.clone())),
+        AppArmorProfile::Localhost(profile) if input.defaults.apparmor => Ok(Some(profile.clone())),
         AppArmorProfile::Localhost(profile) => Err(OciError::NoAppArmor {
             profile: profile.clone(),
         }),

@@ -159,6 +159,7 @@ pub(crate) fn bind(host: impl Into<PathBuf>, inside: &str) -> MountRequest {
         container_path: inside.into(),
         host_path: host.into(),
         image: None,
+        image_id: String::new(),
         image_sub_path: String::new(),
         readonly: false,
         recursive_readonly: false,
@@ -550,9 +551,11 @@ fn profiles_need_what_enforces_them() {
     assert_eq!(profile(&sample).unwrap(), None);
     sample.container.security.apparmor = AppArmorProfile::Localhost("mine".into());
     assert!(matches!(profile(&sample), Err(OciError::NoAppArmor { .. })));
-    sample.defaults.apparmor_profile = Some("berth-default".into());
+    sample.defaults.apparmor = true;
     assert_eq!(profile(&sample).unwrap().as_deref(), Some("mine"));
     sample.container.security.apparmor = AppArmorProfile::RuntimeDefault;
+    assert_eq!(profile(&sample).unwrap(), None);
+    sample.defaults.apparmor_profile = Some("berth-default".into());
     assert_eq!(profile(&sample).unwrap().as_deref(), Some("berth-default"));
     sample.container.security.privileged = true;
     assert_eq!(profile(&sample).unwrap(), None);

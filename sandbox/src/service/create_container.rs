@@ -122,6 +122,7 @@ impl Inner {
     ) -> Result<()> {
         let id = container.id.clone();
         self.pid_target(container)?;
+        self.check_profile(container)?;
         stage.enter("snapshot");
         let (me, record) = (self.clone(), container.clone());
         let (identity, cdi) = blocking(move || {

@@ -3,8 +3,9 @@
 
 use super::create_container::invalid;
 use super::{Inner, internal};
+use crate::apparmor;
 use crate::container::{ContainerRecord, ContainerState};
-use crate::container_spec::MountRequest;
+use crate::container_spec::{AppArmorProfile, MountRequest};
 use crate::error::{Kind, Result, SandboxError};
 use crate::oci;
 use crate::pod_spec::{PidMode, PodSpec};
@@ -106,13 +107,30 @@ impl Inner {
                     &mount.image_sub_path,
                     mapped.as_ref(),
                 )
-                .map_err(internal(format!(
-                    "cannot mount the image {} at {}",
+                // The kubelet looks for this word. Source: cri-api, pkg/errors.
+                .map_err(invalid(format!(
+                    "ImageVolumeMountFailed: cannot mount the image {} at {}",
                     image.image, mount.container_path
                 )))?;
             all.insert(target, fd);
         }
         Ok(all)
+    }
+
+    /// Refused where the kernel does not have the profile that is asked for.
+    pub(super) fn check_profile(&self, container: &ContainerRecord) -> Result<()> {
+        match &container.spec.security.apparmor {
+            AppArmorProfile::Localhost(name) if self.settings.defaults.apparmor => {
+                apparmor::check_loaded(name).map_err(invalid(format!(
+                    "container {} cannot be confined",
+                    container.spec.name.name
+                )))
+            }
+            // Without AppArmor the request was refused as it came.
+            AppArmorProfile::Localhost(_)
+            | AppArmorProfile::RuntimeDefault
+            | AppArmorProfile::Unconfined => Ok(()),
+        }
     }
 
     /// The container whose PID namespace is to be joined; `None` where it is not

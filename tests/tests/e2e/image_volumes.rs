@@ -100,10 +100,10 @@ fn a_sub_path_is_a_directory_or_a_file_of_the_image_and_nothing_else() {
     for (sub_path, code) in [
         ("../etc", Code::InvalidArgument),
         ("/etc", Code::InvalidArgument),
-        ("nowhere", Code::Internal),
+        ("nowhere", Code::InvalidArgument),
         // The image has no /etc, and the host's is not to be had.
-        ("outside", Code::Internal),
-        ("up", Code::Internal),
+        ("outside", Code::InvalidArgument),
+        ("up", Code::InvalidArgument),
     ] {
         let error = start(sub_path)
             .err()
