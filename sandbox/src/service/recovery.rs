@@ -409,9 +409,10 @@ fn signal_name(signal: i32) -> String {
     named.map_or_else(
         || format!("signal {signal}"),
         |named| {
-            // "Signal::SEGV" as the type prints itself.
+            // "Signal::SEGV", with quotes, is how the type prints itself.
             let text = format!("{named:?}");
-            format!("SIG{}", text.rsplit("::").next().unwrap_or_default())
+            let name = text.rsplit("::").next().unwrap_or_default();
+            format!("SIG{}", name.trim_matches(|c: char| !c.is_alphanumeric()))
         },
     )
 }

@@ -106,14 +106,18 @@ impl Inner {
         let (me, record) = (self.clone(), container.clone());
         let pod = self.pod(container.pod.as_str())?;
         // Held until the answer is here: then init is in the scope.
-        let (message, fds, _held) = match self.runtime_for_monitor(&pod.spec, container, &monitor)? {
-            None => blocking(move || me.plan(&record)).await?,
-            Some(runtime) => {
-                let held = Inner::held_namespaces(&monitor).await?;
-                let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
-                (planned.await?, Vec::new(), Held::NOTHING)
-            }
-        };
+        let (message, fds, _held) =
+            match self.runtime_for_monitor(&pod.spec, container, &monitor)? {
+                None => blocking(move || me.plan(&record))
+                    .await
+                    // Called off meanwhile: what was missing had been taken away.
+                    .map_err(|error| self.called_off(&container.id).unwrap_or(error))?,
+                Some(runtime) => {
+                    let held = Inner::held_namespaces(&monitor).await?;
+                    let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
+                    (planned.await?, Vec::new(), Held::NOTHING)
+                }
+            };
         crash::point("start_container.planned");
         stage.enter("launch");
         self.begin_launch(&container.id).await?;
@@ -136,18 +140,24 @@ impl Inner {
         let (me, id) = (self.clone(), id.clone());
         blocking(move || {
             let mut launching = lock(&me.launching);
-            let view = me.objects.view();
-            let state = view
-                .container(id.as_str())
-                .map(|container| &container.state);
-            if !matches!(state, Some(ContainerState::Starting)) {
-                let text = format!("container {id} was stopped while it was being started");
-                return Err(SandboxError::new(Kind::WrongState, text));
+            if let Some(error) = me.called_off(&id) {
+                return Err(error);
             }
             launching.insert(id);
             Ok(())
         })
         .await
+    }
+
+    /// What to say of a start that somebody called off; `None` while it may go on.
+    fn called_off(&self, id: &ContainerId) -> Option<SandboxError> {
+        let view = self.objects.view();
+        let container = view.container(id.as_str());
+        if container.is_some_and(|container| container.state == ContainerState::Starting) {
+            return None;
+        }
+        let text = format!("container {id} was stopped while it was being started");
+        Some(SandboxError::new(Kind::WrongState, text))
     }
 
     /// Calls off a start that is still being planned: a volume that hangs must
@@ -279,12 +289,9 @@ impl Inner {
 
 fn make_log_directory(container: &ContainerRecord) -> Result<()> {
     match container.log_path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => {
-            std::fs::create_dir_all(dir).map_err(internal(format!(
-                "cannot make the log directory {}",
-                dir.display()
-            )))
-        }
+        Some(dir) if !dir.as_os_str().is_empty() => std::fs::create_dir_all(dir).map_err(internal(
+            format!("cannot make the log directory {}", dir.display()),
+        )),
         Some(_) | None => Ok(()),
     }
 }
@@ -322,7 +329,7 @@ pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
             ("exec", ENOENT) if detail.contains('/') => {
                 "no such file in the image, or the interpreter it names is not there"
             }
-            ("exec", ENOENT) => "no such program in the directories of PATH",
+            ("exec", ENOENT) => "no such program",
             ("exec", EACCES) => "permission denied: not a program that this user may run",
             ("exec", ENOEXEC) => {
                 "not a program for this machine: another architecture, or a script without #!"
@@ -332,7 +339,11 @@ pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
             _ => "",
         };
         if !why.is_empty() {
-            let text = format!("{text}: {stage}: {detail}: {why}");
+            let text = match detail.contains("PATH") {
+                // It says so itself.
+                true => format!("{text}: {stage}: {detail}"),
+                false => format!("{text}: {stage}: {detail}: {why}"),
+            };
             return SandboxError::new(Kind::Missing, text);
         }
     }
@@ -371,7 +382,10 @@ mod tests {
             "{}",
             refused("exec", 2, "/foo")
         );
-        assert!(refused("exec", 2, "foo").ends_with("in the directories of PATH"));
+        assert!(
+            refused("exec", 2, "foo: not found in $PATH")
+                .ends_with("exec: foo: not found in $PATH")
+        );
         assert!(refused("exec", 8, "/foo").contains("another architecture"));
         assert!(refused("mount", 2, "/x").starts_with("cannot start the container: mount /x: "));
     }

@@ -186,7 +186,11 @@ fn all_metrics_are_described_and_come_with_the_labels_of_their_description() {
         .map(|d| (d.name, d.label_keys))
         .collect();
     let pod = node.run_pod("web");
-    let mut config = pod.container(&["sh", "-c", "echo hi > /file; sync; sleep 1000"]);
+    let mut config = pod.container(&[
+        "sh",
+        "-c",
+        "echo hi > /file; sync; echo up; exec sleep 1000",
+    ]);
     let resources = config.resources();
     resources.cpu_period = 100_000;
     resources.cpu_quota = 20_000;
@@ -194,6 +198,7 @@ fn all_metrics_are_described_and_come_with_the_labels_of_their_description() {
     resources.memory_limit_in_bytes = 64 << 20;
     resources.memory_swap_limit_in_bytes = 64 << 20;
     let container = pod.start_as(config);
+    container.wait_for_log("up");
     let of_pod = metrics(&node).pop().expect("the pod's metrics");
     assert_eq!(of_pod.pod_sandbox_id, pod.id);
     let of_container = &of_pod.container_metrics[0];
@@ -232,7 +237,7 @@ fn all_metrics_are_described_and_come_with_the_labels_of_their_description() {
         ("container_spec_cpu_quota", 20_000),
         ("container_spec_cpu_period", 100_000),
         ("container_spec_cpu_shares", 1024),
-        ("container_processes", 2),
+        ("container_processes", 1),
     ] {
         assert_eq!(value(seen[name].value), expected, "{name}");
     }

@@ -53,7 +53,7 @@ fn each_of_the_66_stop_signals_is_sent_and_told() {
 
 /// Source: signal(7), x86 and ARM; SIGRTMIN as the C libraries have it.
 fn linux_number(signal: Signal) -> i32 {
-    let name = signal.as_str_name();
+    let name = signal.as_str_name().trim_start_matches("SIGNAL_");
     if let Some(above) = name.strip_prefix("SIGRTMINPLUS") {
         return 34 + above.parse::<i32>().unwrap();
     }
@@ -319,10 +319,7 @@ fn a_program_that_is_not_there_is_said_in_plain_words() {
     let pod = node.run_pod("web");
     for (command, words) in [
         (&["/foo"][..], "exec: /foo: no such file in the image"),
-        (
-            &["foo"],
-            "exec: foo: no such program in the directories of PATH",
-        ),
+        (&["foo"], "exec: foo: not found in $PATH"),
         (&["/etc/passwd"], "exec: /etc/passwd: permission denied"),
     ] {
         let container = pod.create(pod.container(command));
