@@ -1,5 +1,6 @@
 //! What `berth status` and `berth image` ask, on the same socket as CRI.
 
+pub mod explain;
 mod images;
 
 use crate::daemon::Daemon;
@@ -68,6 +69,14 @@ impl admin::admin_server::Admin for Admin {
             })
         };
         to_the_end(&self.daemon.metrics, "Operations", work).await
+    }
+
+    async fn explain_pull(
+        &self,
+        request: Request<admin::ExplainPullRequest>,
+    ) -> Result<Response<admin::ExplainPullResponse>, Status> {
+        let work = explain::explain_pull(self.daemon.clone(), request.into_inner());
+        to_the_end(&self.daemon.metrics, "ExplainPull", work).await
     }
 
     async fn pull_progress(

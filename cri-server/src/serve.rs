@@ -22,7 +22,7 @@ use berth_proto::runtime_v1::runtime_service_server::RuntimeServiceServer;
 use berth_sandbox::container_spec::SeccompProfile;
 use berth_sandbox::handler::{Handlers, OciRuntime};
 use berth_sandbox::service::{LogPolicy, OnFull, Sandboxes, Settings};
-use berth_sandbox::{cgroup, oci};
+use berth_sandbox::{apparmor, cgroup, oci};
 use std::error::Error;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};

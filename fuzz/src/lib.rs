@@ -24,10 +24,19 @@ pub struct Target {
 
 /// All targets, by name.
 pub const TARGETS: &[Target] = &[
+    target("auth-file", images::auth_file),
     target("cni-conflist", network::conflist),
+    target("hosts-toml", images::hosts_toml),
+    target("image-config", images::config),
+    target("image-index", images::index),
+    target("image-manifest", images::manifest),
+    target("image-policy", images::policy),
     target("log-drops", logs::drops),
     target("log-lines", logs::lines),
     target("reference", images::reference),
+    target("registries-conf", images::registries_conf),
+    target("signature-manifest", images::signatures),
+    target("www-authenticate", images::challenge),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8])) -> Target {

@@ -114,7 +114,7 @@ struct RawEntry {
 
 /// The file as it is now. Without one it knows nobody.
 #[derive(Default)]
-pub(crate) struct AuthFile {
+pub struct AuthFile {
     path: PathBuf,
     raw: RawFile,
     helpers: Vec<String>,
@@ -206,7 +206,7 @@ impl AuthFile {
     ///
     /// # Errors
     /// [`AuthFileError::Entry`].
-    pub fn find(&self, host: &str, repository: &str) -> Result<Found, AuthFileError> {
+    pub(crate) fn find(&self, host: &str, repository: &str) -> Result<Found, AuthFileError> {
         let helper = self
             .raw
             .cred_helpers

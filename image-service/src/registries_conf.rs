@@ -279,6 +279,16 @@ impl RegistriesConf {
         Ok(())
     }
 
+    /// How many prefixes it says something about.
+    pub fn len(&self) -> usize {
+        self.registries.len()
+    }
+
+    /// True when it says nothing about any prefix.
+    pub fn is_empty(&self) -> bool {
+        self.registries.is_empty()
+    }
+
     /// What `name` means, to be tried in this order; never empty. A name with a registry means
     /// itself.
     ///

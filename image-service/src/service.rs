@@ -542,7 +542,8 @@ impl ImageService {
     }
 }
 
-fn registry_files(settings: &Settings) -> RegistryFiles {
+/// Which files of `settings` say how registries are reached.
+pub fn registry_files(settings: &Settings) -> RegistryFiles {
     RegistryFiles {
         certs_d: settings.certs_d.clone(),
         registries_conf: settings.registries_conf.clone(),

@@ -7,6 +7,7 @@
 mod daemon;
 mod images;
 mod node;
+mod registries;
 
 use super::Outcome;
 use crate::config::{Config, Layout, Overrides, Places};
@@ -103,6 +104,8 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::state_directory,
     node::programs,
     daemon::answers,
+    registries::files,
+    registries::policy,
     images::stored,
 ];
 

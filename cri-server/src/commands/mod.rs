@@ -4,6 +4,7 @@ mod client;
 mod config;
 mod debug;
 mod doctor;
+mod explain;
 mod image;
 mod status;
 
@@ -75,6 +76,9 @@ enum Command {
     /// Pull, list and remove images
     #[command(subcommand)]
     Image(image::Command),
+    /// Show why the daemon does what it does
+    #[command(subcommand)]
+    Explain(explain::Command),
     /// Print versions: this program's and, where it answers, the daemon's
     Version,
     /// For tests of Berth itself
@@ -95,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(options) => doctor::doctor(&options, &places),
         Command::Config(command) => config::run(command, &places),
         Command::Image(command) => image::run(command, &places),
+        Command::Explain(command) => explain::run(command, &places),
         Command::Version => client::version(&places),
         Command::Debug(command) => debug::run(command),
     };

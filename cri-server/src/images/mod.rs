@@ -6,8 +6,11 @@ mod list_images;
 mod pull_image;
 mod remove_image;
 
+pub use pull_image::SIGNATURE_VALIDATION_FAILED;
+
 use crate::daemon::Daemon;
-use crate::rpc::{not_yet, to_the_end};
+use crate::rpc::to_the_end;
+use crate::runtime::chunks::Pieces;
 use berth_image_service::image::Image;
 use berth_proto::runtime_v1 as cri;
 use cri::image_service_server::ImageService;
@@ -54,15 +57,15 @@ impl ImageService for Images {
         to_the_end(&self.daemon.metrics, "ListImages", work).await
     }
 
-    type StreamImagesStream = tokio_stream::Empty<Result<cri::StreamImagesResponse, Status>>;
+    type StreamImagesStream = Pieces<cri::StreamImagesResponse>;
 
     async fn stream_images(
         &self,
-        _request: Request<cri::StreamImagesRequest>,
+        request: Request<cri::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
-        let refusal = async { Err::<(), _>(not_yet("StreamImages")) };
-        let refused = to_the_end(&self.daemon.metrics, "StreamImages", refusal).await;
-        refused.map(|_| Response::new(tokio_stream::empty()))
+        let (daemon, request) = (self.daemon.clone(), request.into_inner());
+        let work = async move { Ok(list_images::stream_images(&daemon, &request)) };
+        to_the_end(&self.daemon.metrics, "StreamImages", work).await
     }
 
     async fn image_status(

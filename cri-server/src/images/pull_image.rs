@@ -56,7 +56,8 @@ fn credentials(auth: cri::AuthConfig) -> Credentials {
 /// under the code UNKNOWN, of which it takes the code away. Source: k8s.io/cri-api
 /// `pkg/errors`; kubelet `remote_image.go`, `image_manager.go`.
 const REGISTRY_UNAVAILABLE: &str = "RegistryUnavailable";
-const SIGNATURE_VALIDATION_FAILED: &str = "SignatureValidationFailed";
+/// The same, of an image that the policy does not accept.
+pub const SIGNATURE_VALIDATION_FAILED: &str = "SignatureValidationFailed";
 
 fn status(error: &PullError, lib: &Path) -> Status {
     let chain = rpc::chain(error);

@@ -1,6 +1,6 @@
 //! CreateContainer: everything of a container but its first process.
 
-use super::find;
+use super::{find, image_policy};
 use crate::convert::{self, Field, image};
 use crate::daemon::Daemon;
 use crate::rpc;
@@ -29,6 +29,9 @@ pub async fn create_container(
         })
     };
     let image = find(name)?;
+    let volumes = request.config.iter().flat_map(|config| &config.mounts);
+    let volumes = volumes.filter_map(|mount| mount.image.as_ref());
+    image_policy::check(&daemon, given.into_iter().chain(volumes)).await?;
     for mount in &mut spec.mounts {
         if let Some(wanted) = &mount.image {
             mount.image_id = find(&wanted.image)?.id;

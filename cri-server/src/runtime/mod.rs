@@ -1,6 +1,6 @@
 //! The CRI RuntimeService: one file per verb.
 
-mod chunks;
+pub mod chunks;
 mod container_stats;
 mod attach;
 mod container_status;
@@ -9,6 +9,7 @@ mod exec;
 mod exec_sync;
 mod find;
 mod get_container_events;
+mod image_policy;
 mod list_containers;
 mod list_pod_sandbox;
 mod pod_sandbox_metrics;

@@ -74,6 +74,12 @@ pub(crate) fn listed(manifest: &[u8]) -> Option<Vec<Listed>> {
     Some(listed.take(MAX_SIGNATURES).collect())
 }
 
+/// Reads a manifest of signatures and a payload, for fuzzing.
+pub fn exercise(data: &[u8]) {
+    assert!(listed(data).is_none_or(|found| found.len() <= MAX_SIGNATURES));
+    let _ = serde_json::from_slice::<Payload>(data);
+}
+
 #[derive(Deserialize)]
 struct Payload {
     critical: Critical,
@@ -211,7 +217,7 @@ mod tests {
         let found = listed(manifest.to_string().as_bytes()).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!((&found[0].digest, &*found[0].signature), (&digest, "c2ln"));
-        assert_eq!(listed(b"[]"), None);
+        assert_eq!(listed(b"no manifest"), None);
         let many = json!({"layers": vec![layer(PAYLOAD_TYPE, 7, true); 100]}).to_string();
         assert_eq!(listed(many.as_bytes()).unwrap().len(), MAX_SIGNATURES);
         assert_eq!(tag_of(&digest), format!("sha256-{}.sig", digest.hex()));
