@@ -29,6 +29,7 @@ pub mod pod_cidr;
 pub mod process;
 mod readiness;
 pub mod result;
+pub mod runtime_config;
 pub mod spec;
 pub mod sysctl;
 pub mod template;

@@ -12,11 +12,10 @@
 //! `subnets` only its first.
 
 use crate::address::IpNet;
-use crate::bandwidth::Bandwidth;
 use crate::bridge::{Attach, Attachment, Bridge, NetError, Settings};
 use crate::hostport::HostPortError;
 use crate::ipam::IpamError;
-use crate::network::PortMapping;
+use crate::runtime_config::RuntimeConfig;
 use crate::spec::{
     CniResult, Interface, Ip, LATEST, PluginError, Route, VALID_ATTACHMENTS, VERSIONS, code,
     is_name,
@@ -85,15 +84,6 @@ struct IpamConfig {
     subnets: Vec<IpNet>,
     #[serde(default)]
     data_dir: Option<PathBuf>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RuntimeConfig {
-    #[serde(default)]
-    port_mappings: Vec<PortMapping>,
-    #[serde(default)]
-    bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Deserialize)]
