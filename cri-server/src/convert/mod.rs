@@ -50,10 +50,9 @@ impl NodeFacts {
     /// What this kernel has, and what the configuration says.
     /// Source: selinuxfs is mounted where SELinux is enabled; Documentation/admin-guide/LSM/apparmor.rst.
     pub fn detect(unset_seccomp: SeccompProfile, handlers: Handlers) -> Self {
-        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
         Self {
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
-            apparmor: enabled.is_ok_and(|text| text.trim() == "Y"),
+            apparmor: berth_sandbox::apparmor::is_enabled(),
             handlers,
             unset_seccomp,
         }

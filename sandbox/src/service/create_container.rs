@@ -135,6 +135,11 @@ impl Inner {
                     record.id
                 )))?;
             crash::point("create_container.snapshot");
+            // A path that an image does not have is refused now and not at the start.
+            let view = me.objects.view();
+            if let Some(pod) = view.pod(record.pod.as_str()) {
+                me.mounted_images(&pod.spec, &record)?;
+            }
             Ok((me.identity(&record)?, cdi))
         })
         .await?;
