@@ -204,7 +204,7 @@ fn the_rules_are_the_same_before_and_after_a_hundred_pods() {
             host_port: 10_000 + number,
             container_port: SERVED,
             protocol,
-            host_ip: (number % 3 == 0).then(|| ip(HOST4)),
+            host_ip: number.is_multiple_of(3).then(|| ip(HOST4)),
         })
     };
     let come_and_go = |numbers: std::ops::Range<u16>| {
