@@ -58,6 +58,20 @@ impl Node {
         ImageService::open(settings(dir)).unwrap()
     }
 
+    /// With settings of its own.
+    pub fn with(change: impl FnOnce(&mut Settings)) -> Node {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings = settings(dir.path());
+        change(&mut settings);
+        let service = ImageService::open(settings).unwrap();
+        Node { service, dir }
+    }
+
+    /// Writes a file of the configuration: "registries.conf", "auth.json", "policy.json".
+    pub fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(name), text).unwrap();
+    }
+
     /// As after a restart of the daemon.
     pub fn reopened(self) -> Node {
         let Node { service, dir } = self;
@@ -97,6 +111,9 @@ impl Node {
 fn settings(dir: &Path) -> Settings {
     let mut settings = Settings::new(dir.join("images"), dir.join("containers"));
     settings.certs_d = vec![dir.join("certs.d")];
+    settings.registries_conf = Some(dir.join("registries.conf"));
+    settings.auth_file = Some(dir.join("auth.json"));
+    settings.policy = Some(dir.join("policy.json"));
     settings.timeouts = Timeouts {
         connect: Duration::from_secs(2),
         no_progress: Duration::from_secs(2),
@@ -149,6 +166,21 @@ pub fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
         builder.append_data(&mut header, path, *content).unwrap();
     }
     builder.into_inner().unwrap()
+}
+
+/// Bytes that do not compress.
+pub fn noise(seed: u32, count: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut bytes = Vec::with_capacity(count + 4);
+    while bytes.len() < count {
+        // xorshift32
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(count);
+    bytes
 }
 
 pub fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -295,6 +327,10 @@ pub struct Reply {
     pub announced: Option<u64>,
     /// After the body nothing more comes, but the connection stays open so long.
     pub silence: Duration,
+    /// The body comes in pieces of so many bytes, with a pause before each.
+    pub trickle: Option<(usize, Duration)>,
+    /// The connection ends with a reset instead of a close.
+    pub reset: bool,
 }
 
 impl Reply {
@@ -305,7 +341,33 @@ impl Reply {
             body: Vec::new(),
             announced: None,
             silence: Duration::ZERO,
+            trickle: None,
+            reset: false,
         }
+    }
+
+    /// Only the bytes `request` asks for, of an answer with all of them.
+    pub fn ranged(mut self, request: &Request) -> Reply {
+        let from = request
+            .header("range")
+            .strip_prefix("bytes=")
+            .and_then(|range| range.strip_suffix('-'))
+            .and_then(|from| from.parse::<usize>().ok());
+        if let (Some(from), 200) = (from, self.status) {
+            let size = self.body.len();
+            self.body.drain(..from.min(size));
+            self.status = 206;
+            let range = format!("bytes {from}-{}/{size}", size.saturating_sub(1));
+            return self.with("content-range", range);
+        }
+        self
+    }
+
+    /// Announces all of the body and sends the first `count` bytes of it.
+    pub fn cut(mut self, count: usize) -> Reply {
+        self.announced = Some(self.body.len() as u64);
+        self.body.truncate(count);
+        self
     }
 
     pub fn ok(body: impl Into<Vec<u8>>) -> Reply {
@@ -363,15 +425,21 @@ impl Server {
                     stream
                         .set_read_timeout(Some(Duration::from_secs(20)))
                         .unwrap();
+                    let plain = stream.try_clone().unwrap();
+                    let reset = move || {
+                        let now = Some(Duration::ZERO);
+                        rustix::net::sockopt::set_socket_linger(&plain, now).unwrap();
+                    };
                     // A client may well go away in the middle.
                     let _ = match tls {
-                        None => answer(stream, &requests, &*handler),
+                        None => answer(stream, &requests, &*handler, reset),
                         Some(config) => {
                             let connection = rustls::ServerConnection::new(config).unwrap();
                             answer(
                                 rustls::StreamOwned::new(connection, stream),
                                 &requests,
                                 &*handler,
+                                reset,
                             )
                         }
                     };
@@ -430,7 +498,7 @@ pub fn serve(picture: &Picture, request: &Request) -> Reply {
         .rsplit_once("/blobs/")
         .and_then(|(_, digest)| picture.blobs.get(digest));
     match blob {
-        Some(blob) => Reply::ok(blob.clone()),
+        Some(blob) => Reply::ok(blob.clone()).ranged(request),
         None => Reply::status(404),
     }
 }
@@ -447,6 +515,7 @@ fn answer(
     stream: impl Read + Write,
     requests: &Mutex<Vec<Request>>,
     handler: &Handler,
+    reset: impl Fn(),
 ) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
@@ -487,9 +556,21 @@ fn answer(
     stream.write_all(head.as_bytes())?;
     stream.write_all(b"\r\n")?;
     if request.method != "HEAD" {
-        stream.write_all(&reply.body)?;
+        match reply.trickle {
+            None => stream.write_all(&reply.body)?,
+            Some((count, pause)) => {
+                for piece in reply.body.chunks(count) {
+                    std::thread::sleep(pause);
+                    stream.write_all(piece)?;
+                    stream.flush()?;
+                }
+            }
+        }
     }
     stream.flush()?;
+    if reply.reset {
+        reset();
+    }
     if !reply.silence.is_zero() {
         std::thread::sleep(reply.silence);
     }
