@@ -187,6 +187,7 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
         ("writable layer", "lib/containers"),
         ("sandbox", "run/sandboxes"),
         ("lease", "lib/network/leases"),
+        ("attachment", "lib/network/attachments"),
         ("undo", "lib/undo"),
     ] {
         left.extend(

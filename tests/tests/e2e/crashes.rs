@@ -6,7 +6,7 @@ use berth_tests::{Format, Image, Layer, Node, Packing};
 
 /// The points of one call, as `berth debug crash-points` lists them: "POINT" or
 /// "CALL POINT" a line, where a point's name begins with its call's.
-fn points(node: &Node, prefixes: &[&str]) -> Vec<String> {
+pub fn points(node: &Node, prefixes: &[&str]) -> Vec<String> {
     let output = node.berth(&["debug", "crash-points"]);
     assert!(
         output.status.success(),
@@ -38,7 +38,7 @@ fn sweep(prefixes: &[&str], round: impl Fn(&Node, &str)) {
 
 /// Restarts the daemon so that it dies at `point`, makes the call that shall hit
 /// it, and brings the daemon back.
-fn crash(node: &Node, point: &str, call: impl FnOnce()) {
+pub fn crash(node: &Node, point: &str, call: impl FnOnce()) {
     node.start_daemon_to_crash_at(Some(point));
     call();
     if node.is_running() {
@@ -122,7 +122,7 @@ fn start_container_survives_a_crash_anywhere() {
 
 #[test]
 fn stop_pod_sandbox_survives_a_crash_anywhere() {
-    sweep(&["stop_pod.", "stop_container."], |node, point| {
+    sweep(&["stop_pod.", "stop_container.", "network"], |node, point| {
         let pod = node.run_pod("web");
         let container = pod.start(&["sleep", "1000"]);
         crash(node, point, || _ = pod.try_stop());
