@@ -206,12 +206,15 @@ impl ImageSource {
             used_bytes: 0,
             inodes: 0,
         };
-        for container in snapshots.list().unwrap_or_default() {
-            // One that is removed meanwhile takes nothing any more.
-            if let Ok(sums) = snapshots.usage(&container) {
-                usage.used_bytes += sums.bytes;
-                usage.inodes += sums.inodes;
+        match snapshots.footprint() {
+            Ok(sums) => {
+                usage.used_bytes = sums.bytes;
+                usage.inodes = sums.inodes;
             }
+            Err(error) => tracing::warn!(
+                error = crate::rpc::chain(&error),
+                "the writable layers cannot be measured"
+            ),
         }
         *measured = Some((Instant::now(), usage.clone()));
         usage

@@ -352,6 +352,15 @@ impl Snapshots {
         walk::measure(&upper).map_err(|source| io("measure", &path, source))
     }
 
+    /// What all writable layers take together, with what is kept beside them: what `du` counts.
+    /// Walks all files.
+    ///
+    /// # Errors
+    /// `Io` where something cannot be read.
+    pub fn footprint(&self) -> Result<walk::Sums, SnapshotError> {
+        walk::measure(&self.0.fd).map_err(|source| io("measure", &self.0.dir, source))
+    }
+
     /// Removes a container's writable layer: gone from here at once, its files
     /// soon after. One that is not here counts as removed. The container must
     /// have ended.
