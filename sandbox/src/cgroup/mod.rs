@@ -48,7 +48,9 @@ pub enum Error {
     NotMounted { root: PathBuf },
     #[error("the systemd cgroup driver needs cgroup v2, and this host mounts v1 beneath {root}")]
     SystemdOnV1 { root: PathBuf },
-    #[error("the systemd cgroup driver needs systemd as process 1, and that is {comm:?}")]
+    #[error(
+        "the systemd cgroup driver needs systemd as process 1, which is {comm:?}, and the system bus"
+    )]
     NoSystemd { comm: String },
     #[error(
         "the cgroup parent {parent:?} is no slice, and the cgroup driver here is systemd: set \

@@ -7,12 +7,12 @@ use std::sync::Mutex;
 use std::time::Instant;
 use tonic::Code;
 
-/// Containers in all; `BERTH_TEST_CROWD` asks for another number, 200 for the full size.
+/// Containers in all; `BERTH_TEST_CROWD` asks for another number.
 fn crowd() -> usize {
     std::env::var("BERTH_TEST_CROWD")
         .ok()
         .and_then(|text| text.parse().ok())
-        .unwrap_or(60)
+        .unwrap_or(200)
 }
 
 /// Calls at the same time.

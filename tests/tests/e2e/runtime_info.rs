@@ -73,10 +73,11 @@ fn the_cgroup_driver_is_told() {
                 .runtime_config(cri::RuntimeConfigRequest::default()),
         )
         .unwrap();
-    assert_eq!(
-        answer.linux.unwrap().cgroup_driver(),
-        cri::CgroupDriver::Cgroupfs
-    );
+    let expected = match berth_tests::node::is_systemd_driver() {
+        true => cri::CgroupDriver::Systemd,
+        false => cri::CgroupDriver::Cgroupfs,
+    };
+    assert_eq!(answer.linux.unwrap().cgroup_driver(), expected);
 }
 
 #[test]
