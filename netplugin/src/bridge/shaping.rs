@@ -26,6 +26,9 @@ use std::time::Duration;
 /// How long a packet may wait for its turn. Source: the plugin `bandwidth`.
 const LATENCY: Duration = Duration::from_millis(25);
 
+/// Bursts from here on are placeholders.
+const NO_BURST: u64 = i32::MAX as u64;
+
 const NEW_QDISC: u16 = 36;
 const NEW_FILTER: u16 = 44;
 const ROOT: u32 = 0xffff_ffff;
@@ -124,8 +127,10 @@ struct Bucket {
 }
 
 fn bucket(rate_bits: u64, burst_bits: u64, mtu: u32) -> Bucket {
+    // The largest 31 or 32 bit number is what containerd and CRI-O send because plugins want one:
+    // with half a gigabyte at once there would be no limit.
     let burst_bits = match burst_bits {
-        0 => bandwidth::burst(rate_bits),
+        0 | NO_BURST.. => bandwidth::burst(rate_bits),
         asked => asked,
     };
     let cut = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -237,7 +242,8 @@ mod tests {
         let usual = bucket(100_000_000, 0, 1500);
         assert_eq!((usual.rate, usual.burst), (12_500_000, 1_250_000));
         assert_eq!(usual.queue, 1_250_000 + 312_500);
+        assert_eq!(bucket(100_000_000, u64::from(u32::MAX), 1500), usual);
         let large = bucket(1_000_000_000_000_000, u64::MAX, 1500);
-        assert_eq!((large.burst, large.queue), (u32::MAX, u32::MAX));
+        assert_eq!((large.burst, large.queue), (i32::MAX as u32 / 8, u32::MAX));
     }
 }
