@@ -4,7 +4,9 @@
 //! slower gets slower for all of them; what is to be read are the ratios.
 //! `network` and `throughput` need no runtime.
 
+mod logs;
 mod network;
+mod pull;
 
 use anyhow::{Context as _, Result, bail};
 use berth_proto::runtime_v1 as cri;
@@ -49,6 +51,10 @@ enum What {
     Start,
     /// ExecSync of `true` in a running container.
     Exec,
+    /// A container's output until it is in its log.
+    Logs(logs::Logs),
+    /// A pull of the image where it is not, and its removal.
+    Pull(pull::Pull),
     /// A pod's network: the built-in one and Debian's plugins.
     Network(network::SetUp),
     /// What two pods can send each other: on the built-in network and on a bridge made by hand.
@@ -73,7 +79,7 @@ async fn main() -> Result<()> {
     match &arguments.what {
         What::Network(options) => return network::set_up(options, arguments.rounds),
         What::Throughput(options) => return network::throughput(options, arguments.rounds),
-        What::Start | What::Exec => {}
+        What::Start | What::Exec | What::Logs(_) | What::Pull(_) => {}
     }
     if arguments.sockets.is_empty() {
         bail!("give at least one --socket");
@@ -91,7 +97,14 @@ async fn main() -> Result<()> {
             }
         }
     }
-    report(&runtimes, &outcome?);
+    let times = outcome?;
+    report(&runtimes, &times);
+    if let What::Pull(options) = &arguments.what {
+        let first = |rounds: &Vec<Times>| median(rounds.iter().map(|round| round[0].1).collect());
+        let names = runtimes.iter().map(|runtime| runtime.name.clone());
+        let medians: Vec<_> = names.zip(times.iter().map(first)).collect();
+        pull::limit(options, &medians)?;
+    }
     Ok(())
 }
 
@@ -110,9 +123,11 @@ async fn measure(arguments: &Arguments, runtimes: &mut [Runtime]) -> Result<Vec<
     // The first round warms caches and is not counted.
     for round in 0..=arguments.rounds {
         for (runtime, all) in runtimes.iter_mut().zip(&mut all) {
-            let times = match arguments.what {
+            let times = match &arguments.what {
                 What::Start => time_start(runtime, &arguments.image, round).await,
                 What::Exec => time_exec(runtime, &arguments.image, round).await,
+                What::Pull(_) => pull::time(runtime, &arguments.image).await,
+                What::Logs(options) => logs::time(runtime, &arguments.image, round, options).await,
                 What::Network(_) | What::Throughput(_) => bail!("these are measured apart"),
             };
             let times = times.with_context(|| format!("round {round} on {}", runtime.name))?;
@@ -181,8 +196,13 @@ struct Pod {
 }
 
 async fn run_pod(runtime: &mut Runtime, name: &str) -> Result<Pod> {
+    let config = pod_config(runtime, name);
+    run_pod_as(runtime, config).await
+}
+
+fn pod_config(runtime: &Runtime, name: &str) -> cri::PodSandboxConfig {
     let unique = format!("{name}-{}", std::process::id());
-    let config = cri::PodSandboxConfig {
+    cri::PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {
             name: unique.clone(),
             uid: unique,
@@ -194,7 +214,10 @@ async fn run_pod(runtime: &mut Runtime, name: &str) -> Result<Pod> {
             ..Default::default()
         }),
         ..Default::default()
-    };
+    }
+}
+
+async fn run_pod_as(runtime: &mut Runtime, config: cri::PodSandboxConfig) -> Result<Pod> {
     let request = cri::RunPodSandboxRequest {
         config: Some(config.clone()),
         ..Default::default()
@@ -331,17 +354,17 @@ fn report(runtimes: &[Runtime], all: &[Vec<Times>]) {
                 .collect()
         })
         .collect();
-    println!("medians of {} rounds, in ms", all[0].len());
+    println!("medians of {} rounds, in ms where nothing else is said", all[0].len());
     for (runtime, medians) in runtimes.iter().zip(&medians) {
         println!("\n{}", runtime.name);
         for (name, value) in medians {
-            println!("{name:<20}{value:>9.2}");
+            println!("{name:<30}{value:>9.2}");
         }
     }
     for (runtime, other) in runtimes.iter().zip(&medians).skip(1) {
         println!("\n{} / {}", runtime.name, runtimes[0].name);
         for ((name, value), (_, first)) in other.iter().zip(&medians[0]) {
-            println!("{name:<20}{:>8.1} x", value / first);
+            println!("{name:<30}{:>8.1} x", value / first);
         }
     }
 }

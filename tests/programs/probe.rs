@@ -17,8 +17,10 @@ fn main() -> io::Result<()> {
         "args" => show_args(),
         "eat" => eat(number(arg(1))),
         "spew" => spew(number(arg(1)), arg(2) == "stderr"),
+        "talk" => talk(number(arg(1)) as u64, number(arg(2)) as u64),
         "serve" => serve(arg(1), arg(2)),
         "fetch" => fetch(arg(1)),
+        "ports" => ports(arg(1)),
         "open" => open(arg(1)),
         "sleep" | "" => loop {
             thread::sleep(Duration::from_secs(3600));
@@ -101,6 +103,46 @@ fn spew(bytes: usize, to_stderr: bool) -> io::Result<()> {
     out.flush()
 }
 
+/// Writes at least so many bytes in lines of 0 bytes to 1 MiB to both streams,
+/// in an order that follows from the seed. `log_torture.rs` knows what comes.
+fn talk(seed: u64, bytes: u64) -> io::Result<()> {
+    let letters: Vec<u8> = (0..(1 << 20) + 26).map(|at| b'a' + (at % 26) as u8).collect();
+    let mut random = seed.wrapping_mul(2).wrapping_add(1);
+    let (mut counts, mut written) = ([0_u64; 2], 0);
+    let (mut out, mut err) = (io::stdout().lock(), io::stderr());
+    let mut text = Vec::new();
+    while written < bytes {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let stream = (random >> 8 & 1) as usize;
+        let length = match random >> 9 & 255 {
+            0 => (random >> 20) % ((1 << 20) + 1),
+            1..=16 => (random >> 20) % 20_000,
+            17..=32 => 0,
+            _ => (random >> 20) % 200,
+        } as usize;
+        let at = (counts[stream] % 26) as usize;
+        text.clear();
+        text.extend_from_slice(&letters[at..at + length]);
+        text.push(b'\n');
+        if length >= 32 {
+            let name = format!("<{seed} {}>", counts[stream]);
+            text[..name.len()].copy_from_slice(name.as_bytes());
+        }
+        match stream {
+            0 => {
+                out.write_all(&text)?;
+                out.flush()?;
+            }
+            _ => err.write_all(&text)?,
+        }
+        counts[stream] += 1;
+        written += text.len() as u64;
+    }
+    Ok(())
+}
+
 /// Answers every TCP connection on a port with a text and the peer's address.
 fn serve(port: &str, text: &str) -> io::Result<()> {
     let port: u16 = port.parse().expect("a port");
@@ -142,4 +184,107 @@ fn open(path: &str) -> io::Result<()> {
     };
     println!("read {} write {}", show(read.err()), show(write.err()));
     Ok(())
+}
+
+/// Listens for ever; the first byte of each connection says what becomes of it:
+///
+/// - `e`: what comes is sent back, to the end;
+/// - `c`: what comes is counted, and the number sent once it has ended;
+/// - `b`: broken (reset) as soon as there is more than was read;
+/// - `s`: nothing is read any more;
+/// - `x` and a length of 8 bytes: as much of [`noise`] is sent while what comes is summed up,
+///   and the sum follows.
+fn ports(address: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    println!("listening");
+    for stream in listener.incoming() {
+        let stream = stream?;
+        thread::spawn(move || {
+            if let Err(err) = serve_one(stream) {
+                println!("broken: {err}");
+            }
+        });
+    }
+    Ok(())
+}
+
+fn serve_one(mut stream: TcpStream) -> io::Result<()> {
+    let mut what = [0];
+    stream.read_exact(&mut what)?;
+    match what[0] {
+        b'e' => {
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => return Ok(()),
+                    length => stream.write_all(&buffer[..length])?,
+                }
+            }
+        }
+        b'c' => {
+            let count = io::copy(&mut stream, &mut io::sink())?;
+            stream.write_all(count.to_string().as_bytes())
+        }
+        b'b' => {
+            // What is closed unread is reset.
+            stream.peek(&mut what)?;
+            Ok(())
+        }
+        b's' => loop {
+            thread::sleep(Duration::from_secs(3600));
+        },
+        b'x' => {
+            let mut length = [0; 8];
+            stream.read_exact(&mut length)?;
+            let length = u64::from_le_bytes(length);
+            let mut reading = stream.try_clone()?;
+            let sum = thread::spawn(move || sum_of(&mut reading));
+            noise(length, |piece| stream.write_all(piece))?;
+            let sum = sum.join().expect("summing up does not panic")?;
+            stream.write_all(&sum.to_le_bytes())
+        }
+        other => Err(io::Error::other(format!("{other} is nothing to be done"))),
+    }
+}
+
+/// `length` bytes that repeat only after 2^64 words, in pieces.
+fn noise(length: u64, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let (mut state, mut left) = (0x9e37_79b9_7f4a_7c15u64, length);
+    let mut piece = vec![0; 64 << 10];
+    while left > 0 {
+        for word in piece.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        let now = left.min(piece.len() as u64);
+        each(&piece[..now as usize])?;
+        left -= now;
+    }
+    Ok(())
+}
+
+/// FNV-1a over words of 8 bytes, the last one filled up with zeros.
+fn sum_of(from: &mut impl Read) -> io::Result<u64> {
+    let mut sum = 0xcbf2_9ce4_8422_2325u64;
+    let mut buffer = vec![0; 64 << 10];
+    let mut filled = 0;
+    loop {
+        let read = from.read(&mut buffer[filled..])?;
+        filled += read;
+        let whole = if read == 0 { filled.next_multiple_of(8) } else { filled / 8 * 8 };
+        if read == 0 {
+            buffer[filled..whole].fill(0);
+        }
+        for word in buffer[..whole].chunks_exact(8) {
+            let word = u64::from_le_bytes(word.try_into().expect("8 bytes"));
+            sum = (sum ^ word).wrapping_mul(0x100_0000_01b3);
+        }
+        if read == 0 {
+            return Ok(sum);
+        }
+        buffer.copy_within(whole..filled, 0);
+        filled -= whole;
+    }
 }

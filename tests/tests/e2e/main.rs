@@ -30,6 +30,7 @@ mod logs;
 mod metrics;
 mod mounts;
 mod network;
+mod network_builtin;
 mod network_crowd;
 mod pods;
 mod pulls;

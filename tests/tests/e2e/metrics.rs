@@ -2,16 +2,16 @@
 
 use berth_tests::{Node, eventually, http};
 
-const PORT: u16 = 9475;
+pub const PORT: u16 = 9475;
 
-fn scrape(node: &Node) -> String {
+pub fn scrape(node: &Node) -> String {
     let answer = http::send(&node.host, PORT, "GET", "/metrics", &[], &[]).unwrap();
     assert_eq!(answer.status, 200);
     String::from_utf8(answer.body).unwrap()
 }
 
 /// The sum of every series of a name whose labels hold these texts.
-fn value(text: &str, name: &str, labels: &[&str]) -> f64 {
+pub fn value(text: &str, name: &str, labels: &[&str]) -> f64 {
     let own = text.lines().filter(|line| {
         let rest = line.strip_prefix(name);
         rest.is_some_and(|rest| rest.starts_with(['{', ' ']))
