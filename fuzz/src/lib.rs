@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod images;
+mod layers;
 mod logs;
 mod network;
 
@@ -31,6 +32,9 @@ pub const TARGETS: &[Target] = &[
     target("image-index", images::index),
     target("image-manifest", images::manifest),
     target("image-policy", images::policy),
+    target("layer-archive", layers::archive),
+    target("layer-recipe", layers::recipe),
+    target("layer-record", layers::record),
     target("log-drops", logs::drops),
     target("log-lines", logs::lines),
     target("reference", images::reference),

@@ -189,6 +189,14 @@ impl Record for LayerRecord {
     const VERSION: u32 = 1;
 }
 
+/// What a layer's record says, from the bytes of its file.
+///
+/// # Errors
+/// Where it is damaged, or of a later version.
+pub fn parse_record(bytes: &[u8]) -> Result<LayerInfo, berth_store::RecordError> {
+    record::decode::<LayerRecord>(Path::new(RECORD), bytes).map(|record| record.layer)
+}
+
 /// Why the place layers are kept in cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {path}")]

@@ -254,6 +254,39 @@ pub fn unpack(
     Ok(unpacked)
 }
 
+/// Reads a layer's archive to its end as [`unpack`] would and writes nothing; gives the number of
+/// its entries and its digest.
+///
+/// # Errors
+/// What is wrong with the archive itself.
+pub fn read_entries(
+    blob: impl Read + Send,
+    compression: Compression,
+    limit_bytes: Option<u64>,
+) -> Result<(u64, Digest), UnpackError> {
+    read_archive(
+        blob,
+        compression,
+        Algorithm::Sha256,
+        limit_bytes,
+        |source| {
+            let mut archive = Archive::new(source);
+            let mut entries = 0;
+            while archive.next_entry()?.is_some() {
+                entries += 1;
+                loop {
+                    let count = archive.data()?.len();
+                    if count == 0 {
+                        break;
+                    }
+                    archive.consume(count);
+                }
+            }
+            Ok(entries)
+        },
+    )
+}
+
 /// A stranger's bytes for a message: printable and not too long.
 fn shown(bytes: &[u8]) -> String {
     const LIMIT: usize = 200;

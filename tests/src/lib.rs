@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod binaries;
+pub mod bulk;
 pub mod container;
 pub mod deadline;
 pub mod host;
@@ -15,6 +16,7 @@ pub mod leftovers;
 pub mod node;
 pub mod pod;
 pub mod registry;
+pub mod streaming;
 
 pub use container::{Container, LinuxConfig, LogLine};
 pub use deadline::{eventually, within};

@@ -1,7 +1,8 @@
 //! `make bench`: Berth and Debian's containerd with runc start pods in turns, on
 //! the same image, in the same network namespace, each on its own bridge.
 //!
-//! Arguments go to `berth-bench`; the default is `start -n 50`.
+//! Arguments go to `berth-bench`; the default is `start -n 50`. `pull` is measured with the images
+//! of `berth_tests::bulk`, one after the other.
 
 use anyhow::{Context, Result, ensure};
 use berth_tests::host::Host;
@@ -29,6 +30,51 @@ fn main() -> Result<()> {
     if arguments.is_empty() {
         arguments = ["start", "-n", "50"].map(str::to_owned).to_vec();
     }
+    let mut failed = None;
+    if arguments.first().is_some_and(|what| what == "pull") {
+        for weight in berth_tests::bulk::WEIGHTS {
+            let reference = push_bulk(&node, weight)?;
+            println!("\n== {} ==", weight.name);
+            let mut arguments = arguments.clone();
+            let layers = node.root().join("bulk").join(weight.name);
+            arguments.extend(["--layers".into(), layers.display().to_string()]);
+            let scratch = node.root().display().to_string();
+            arguments.extend(["--scratch".into(), scratch]);
+            failed = failed.or(bench(&node, &containerd, arguments, &reference).err());
+        }
+    } else {
+        failed = bench(&node, &containerd, arguments, &reference).err();
+    }
+    drop(containerd);
+    // Its bridge stays, as its plugins leave it.
+    _ = node.host.run("ip", &["link", "del", "bench0"]);
+    failed.map_or(Ok(()), Err)
+}
+
+/// An image of that weight in the registry, and its layers beside it as files.
+fn push_bulk(node: &Node, weight: berth_tests::bulk::Weight) -> Result<String> {
+    let image = weight.image(u64::from(std::process::id()));
+    let dir = node.root().join("bulk").join(weight.name);
+    fs::create_dir_all(&dir)?;
+    for (nth, layer) in image.layers.iter().enumerate() {
+        fs::write(dir.join(format!("{nth:03}")), &layer.data)?;
+    }
+    let bytes: u64 = image.layers.iter().map(|layer| layer.size).sum();
+    println!(
+        "{}: {} MiB in {} layers",
+        weight.name,
+        bytes >> 20,
+        image.layers.len()
+    );
+    node.registry().push("bench/bulk", weight.name, &image)
+}
+
+fn bench(
+    node: &Node,
+    containerd: &Containerd,
+    arguments: Vec<String>,
+    reference: &str,
+) -> Result<()> {
     let bench = std::env::current_exe()?.with_file_name("berth-bench");
     let status = Command::new(&bench)
         .args(arguments)
@@ -36,13 +82,10 @@ fn main() -> Result<()> {
         .arg(node.socket())
         .arg("--socket")
         .arg(&containerd.socket)
-        .args(["--image", &reference])
+        .args(["--image", reference])
         .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)])
         .status()
         .with_context(|| format!("cannot run {}", bench.display()))?;
-    drop(containerd);
-    // Its bridge stays, as its plugins leave it.
-    _ = node.host.run("ip", &["link", "del", "bench0"]);
     ensure!(status.success(), "berth-bench: {status}");
     Ok(())
 }
