@@ -19,6 +19,7 @@ mod connections;
 mod endings;
 mod execs;
 mod launch;
+mod ooms;
 mod logs;
 
 use logs::LoggerProcess;
@@ -179,6 +180,7 @@ struct Monitor {
     pod_init: Option<(i32, OwnedFd)>,
     making: Option<Making>,
     namespaces_made: bool,
+    pod_kills: ooms::PodKills,
     ending: Option<Instant>,
     /// Children that ended while an OCI runtime was making an exec, and were
     /// nobody's: one of them may turn out to be it.
@@ -255,6 +257,7 @@ impl Monitor {
             pod_init: None,
             making: None,
             namespaces_made: false,
+            pod_kills: ooms::PodKills::default(),
             ending: None,
             strays: VecDeque::new(),
         };

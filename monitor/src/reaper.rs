@@ -91,16 +91,13 @@ pub fn write_record(path: &str, mut exit: ExitRecord) -> i32 {
     }
 }
 
-/// OOM kills as memory.events (v2) or memory.oom_control (v1) say; 0 where
-/// they do not.
-pub fn oom_kills(path: &str) -> u64 {
+/// OOM kills as memory.events (v2) or memory.oom_control (v1) say; `None` where
+/// they do not, or are gone.
+pub fn oom_kills(path: &str) -> Option<u64> {
     if path.is_empty() {
-        return 0;
+        return None;
     }
-    std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| parse_oom_kills(&text))
-        .unwrap_or(0)
+    parse_oom_kills(&std::fs::read_to_string(path).ok()?)
 }
 
 fn parse_oom_kills(text: &str) -> Option<u64> {

@@ -93,8 +93,10 @@ impl Monitor {
         let end = End {
             ended,
             finished_at: now(),
-            oom_kills: reaper::oom_kills(&container.cgroup.oom_file)
-                .saturating_sub(container.oom_before),
+            oom_kills: self.kills_of(id),
+        };
+        let Some(container) = self.containers.get_mut(id) else {
+            return;
         };
         let cgroup = &container.cgroup;
         let procs = procs_file(cgroup);

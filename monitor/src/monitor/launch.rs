@@ -158,7 +158,11 @@ impl Monitor {
         let oom_before = launch
             .cgroup
             .as_ref()
-            .map_or(0, |cgroup| reaper::oom_kills(&cgroup.oom_file));
+            .and_then(|cgroup| reaper::oom_kills(&cgroup.oom_file))
+            .unwrap_or(0);
+        if let Some(cgroup) = &launch.cgroup {
+            self.count_from_now(&cgroup.oom_file);
+        }
 
         let (ours, theirs) = status::pair().step("socketpair", "")?;
         let init = Init {

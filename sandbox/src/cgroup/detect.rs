@@ -1,7 +1,8 @@
 //! Which hierarchies are mounted where.
 
 use super::{
-    Cgroups, Driver, DriverChoice, Error, Hierarchy, Settings, Unified, Version, file, path, systemd,
+    Cgroups, Driver, DriverChoice, Error, Hierarchy, Settings, Unified, Version, file, path,
+    systemd,
 };
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

@@ -607,29 +607,41 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Changes the limits that are given and leaves the others, all or none of them. What is
-    /// returned takes it back.
+    /// Changes the limits that are given and leaves the others, all or none of them; `after` are
+    /// those that hold then. What is returned takes it back.
     ///
     /// # Errors
     /// What cannot be limited on this host, a memory limit below what is used now, or what the
     /// kernel says; then everything is as it was.
-    pub fn update(&self, cgroup: &Cgroup, resources: &Resources) -> Result<Journal, Error> {
-        if let Some(unit) = &cgroup.scope {
-            if !cgroup.exists() {
-                // Not started: it is limited when it is.
-                return Ok(Journal::keeping());
-            }
-            // Before the files: what systemd rounds is written exactly afterwards.
-            self.systemd.set_limits(unit, resources)?;
+    pub fn update(
+        &self,
+        cgroup: &Cgroup,
+        change: &Resources,
+        after: &Resources,
+    ) -> Result<Journal, Error> {
+        if cgroup.scope.is_some() && !cgroup.exists() {
+            // Not started: it is limited when it is.
+            return Ok(Journal::keeping());
         }
         let mut journal = Journal::keeping();
-        match self.apply(cgroup, resources, &mut journal) {
+        let written = self.apply(cgroup, change, &mut journal);
+        let told = written.and_then(|()| match &cgroup.scope {
+            Some(unit) => {
+                self.systemd.set_limits(unit, after)?;
+                // It writes the files anew, and rounds.
+                self.apply(cgroup, change, &mut Journal::forgetful())
+            }
+            None => Ok(()),
+        });
+        match told {
             Ok(()) => Ok(journal),
             Err(error) => {
                 if let Err(kept) = journal.roll_back() {
                     // Two errors, one answer: the first is what the caller asked about.
-                    tracing::warn!(error = &kept as &dyn std::error::Error,
-                        "a limit could not be brought back to what it was");
+                    tracing::warn!(
+                        error = &kept as &dyn std::error::Error,
+                        "a limit could not be brought back to what it was"
+                    );
                 }
                 Err(error)
             }

@@ -131,12 +131,18 @@ impl Systemd {
         resources: &Resources,
     ) -> Result<(), SystemdError> {
         let mut properties: Properties<'_> = vec![
-            ("Description", Variant::from(format!("Berth container {unit}"))),
+            (
+                "Description",
+                Variant::from(format!("Berth container {unit}")),
+            ),
             ("Slice", Variant::from(slice.to_owned())),
             ("PIDs", Variant::from(vec![holder])),
             ("Delegate", Variant::from(true)),
             ("DefaultDependencies", Variant::from(false)),
-            ("CollectMode", Variant::from("inactive-or-failed".to_owned())),
+            (
+                "CollectMode",
+                Variant::from("inactive-or-failed".to_owned()),
+            ),
             ("CPUAccounting", Variant::from(true)),
             ("MemoryAccounting", Variant::from(true)),
             ("IOAccounting", Variant::from(true)),
@@ -379,10 +385,7 @@ mod tests {
     #[test]
     fn the_last_part_of_a_parent_is_the_slice() {
         let expanded = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice";
-        assert_eq!(
-            slice_of(expanded),
-            Some("kubepods-burstable-pod1_2.slice")
-        );
+        assert_eq!(slice_of(expanded), Some("kubepods-burstable-pod1_2.slice"));
         assert_eq!(slice_of("a.slice/"), Some("a.slice"));
         for bad in [
             "/kubepods/podX",
@@ -410,7 +413,11 @@ mod tests {
             ..Resources::default()
         };
         let said = limits(&resources, true);
-        let value = |name: &str| said.iter().find(|(n, _)| *n == name).map(|(_, v)| v.clone());
+        let value = |name: &str| {
+            said.iter()
+                .find(|(n, _)| *n == name)
+                .map(|(_, v)| v.clone())
+        };
         assert_eq!(value("CPUWeight"), Some(Variant::U64(100)));
         assert_eq!(value("CPUQuotaPerSecUSec"), Some(Variant::U64(250_000)));
         assert_eq!(value("MemoryMax"), Some(Variant::U64(64)));

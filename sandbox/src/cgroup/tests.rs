@@ -20,6 +20,7 @@ impl Ground {
     fn new() -> Self {
         let top = format!("/berth-test-{}", &ContainerId::random().unwrap().short());
         let settings = Settings {
+            driver: DriverChoice::Cgroupfs,
             default_parent: top.clone(),
             ..Settings::default()
         };
@@ -150,14 +151,17 @@ fn limits_grow_and_shrink() {
             memory_swap_limit_bytes: sum,
             ..Resources::default()
         };
-        ground.cgroups.update(&cgroup, &resources).unwrap();
+        ground
+            .cgroups
+            .update(&cgroup, &resources, &resources)
+            .unwrap();
         assert_eq!(read(&cgroup, "memory", name), limit.to_string());
     }
     let none = Resources {
         memory_limit_bytes: Some(-1),
         ..Resources::default()
     };
-    ground.cgroups.update(&cgroup, &none).unwrap();
+    ground.cgroups.update(&cgroup, &none, &none).unwrap();
     assert_eq!(cgroup.stats().unwrap().memory.unwrap().limit, None);
     // What is not given stays.
     assert_eq!(read(&cgroup, "pids", "pids.max"), "100");
@@ -168,7 +172,10 @@ fn limits_grow_and_shrink() {
             cpu_quota: Some(quota),
             ..Resources::default()
         };
-        ground.cgroups.update(&cgroup, &resources).unwrap();
+        ground
+            .cgroups
+            .update(&cgroup, &resources, &resources)
+            .unwrap();
     }
 }
 
@@ -183,16 +190,16 @@ fn a_quota_moves_within_what_the_parent_has() {
     let pod = ground.cgroups.at(&ground.parent.path).unwrap();
     ground
         .cgroups
-        .update(&pod, &share(100_000, 50_000))
+        .update(&pod, &share(100_000, 50_000), &share(100_000, 50_000))
         .unwrap();
     let cgroup = ground.create(&share(100_000, 50_000)).unwrap();
     ground
         .cgroups
-        .update(&cgroup, &share(10_000, 5_000))
+        .update(&cgroup, &share(10_000, 5_000), &share(10_000, 5_000))
         .unwrap();
     ground
         .cgroups
-        .update(&cgroup, &share(200_000, 100_000))
+        .update(&cgroup, &share(200_000, 100_000), &share(200_000, 100_000))
         .unwrap();
 }
 
@@ -468,7 +475,7 @@ fn a_limit_below_the_usage_is_refused() {
         memory_limit_bytes: Some(16 << 20),
         ..Resources::default()
     };
-    let error = ground.cgroups.update(&cgroup, &less).unwrap_err();
+    let error = ground.cgroups.update(&cgroup, &less, &less).unwrap_err();
     assert!(matches!(error, Error::BelowUsage { .. }), "{error}");
     assert_eq!(cgroup.oom_kills().unwrap(), Some(0));
 }
@@ -495,6 +502,7 @@ fn what_berth_made_of_a_parent_goes_with_the_last_pod() {
     assert!(!exists("/shared/a") && exists("/shared/b"));
     // After a restart the record of b is all there is.
     let settings = Settings {
+        driver: DriverChoice::Cgroupfs,
         default_parent: ground.top.clone(),
         ..Settings::default()
     };

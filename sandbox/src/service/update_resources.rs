@@ -121,7 +121,7 @@ impl Inner {
             let done = match &container.cgroup {
                 Some(cgroup) => Some(
                     me.cgroups
-                        .update(cgroup, &change)
+                        .update(cgroup, &change, &merged)
                         .map_err(|error| refused(&id, error))?,
                 ),
                 None => None,
