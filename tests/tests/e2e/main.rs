@@ -34,6 +34,7 @@ mod network_builtin;
 mod network_crowd;
 mod pods;
 mod pulls;
+mod registries;
 mod resources;
 mod restarts;
 mod runtime_info;

@@ -1,0 +1,222 @@
+//! The built-in network beyond addresses: SCTP, bandwidth limits, and what a
+//! reboot leaves.
+
+use berth_proto::runtime_v1 as cri;
+use berth_tests::{Node, eventually};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+fn with_host_port(
+    node: &Node,
+    name: &str,
+    protocol: cri::Protocol,
+    host_port: i32,
+) -> cri::PodSandboxConfig {
+    let mut config = node.pod_config(name);
+    config.port_mappings = vec![cri::PortMapping {
+        protocol: protocol.into(),
+        container_port: 8080,
+        host_port,
+        host_ip: String::new(),
+    }];
+    config
+}
+
+/// Runs `work` in the network namespace of a pod.
+fn inside<T: Send>(node: &Node, pod: &str, work: impl FnOnce() -> T + Send) -> T {
+    let pin = node.root().join("run/sandboxes").join(pod).join("netns");
+    let netns = File::open(pin).unwrap();
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            nix::sched::setns(&netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        });
+        inside.join().unwrap()
+    })
+}
+
+/// A one-to-one SCTP socket of both families.
+fn sctp() -> io::Result<OwnedFd> {
+    let kind = SocketType::STREAM;
+    let socket = rustix::net::socket(AddressFamily::INET6, kind, Some(ipproto::SCTP))?;
+    Ok(socket)
+}
+
+#[test]
+fn a_host_port_of_sctp_leads_to_its_pod() {
+    let node = Node::options()
+        .config("[network]\nsubnets = [\"10.99.0.0/24\", \"fd99::/64\"]\n")
+        .start();
+    let pod = node.run(with_host_port(&node, "web", cri::Protocol::Sctp, 12100));
+    let rules = node.host.run("nft", &["list", "ruleset"]).unwrap();
+    let rule = format!("sctp . 12100 : {} . 8080", pod.ip());
+    assert!(rules.contains(&rule), "{rules}");
+    assert!(rules.contains("sctp . 12100 : fd99::2 . 8080"), "{rules}");
+
+    // The module is loaded where there is one.
+    let _ = std::process::Command::new("modprobe").arg("sctp").output();
+    if let Err(error) = sctp() {
+        let known = fs::read_to_string("/proc/net/protocols").unwrap();
+        assert!(!known.contains("SCTP"), "{error}: {known}");
+        return;
+    }
+    let listener = inside(&node, &pod.id, || {
+        let listener = sctp().unwrap();
+        let everywhere = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 8080);
+        bind(&listener, &everywhere).unwrap();
+        listen(&listener, 4).unwrap();
+        listener
+    });
+    let server = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let stream = rustix::net::accept(&listener).unwrap();
+            TcpStream::from(stream).write_all(b"hello").unwrap();
+        }
+    });
+    for host in ["127.0.0.1", "198.18.0.1"] {
+        let host: IpAddr = host.parse().unwrap();
+        let host = match host {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+            IpAddr::V6(v6) => v6,
+        };
+        let mut stream = node.host.enter(|| {
+            let socket = sctp().unwrap();
+            rustix::net::connect(&socket, &SocketAddr::new(host.into(), 12100)).unwrap();
+            TcpStream::from(socket)
+        });
+        let mut text = [0; 5];
+        stream.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"hello", "{host}");
+    }
+    server.join().unwrap();
+}
+
+#[test]
+fn annotations_limit_a_pods_bandwidth() {
+    let node = Node::start();
+    let mut config = node.pod_config("limited");
+    for (direction, rate) in [("ingress", "10M"), ("egress", "20M")] {
+        config.annotations.insert(
+            format!("kubernetes.io/{direction}-bandwidth"),
+            rate.to_owned(),
+        );
+    }
+    let pod = node.run(config);
+    let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
+    for rate in ["rate 10Mbit", "rate 20Mbit"] {
+        assert!(qdiscs.contains(rate), "{qdiscs}");
+    }
+    pod.remove();
+    let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
+    assert!(!qdiscs.contains("tbf"), "{qdiscs}");
+}
+
+#[test]
+fn a_bandwidth_that_is_none_fails_the_pod_and_says_why() {
+    let node = Node::start();
+    for (value, expected) in [
+        ("fast", "is no quantity"),
+        ("10", "less than 1k"),
+        ("9P", "1P"),
+    ] {
+        let mut config = node.pod_config("limited");
+        let key = "kubernetes.io/egress-bandwidth".to_owned();
+        config.annotations.insert(key, value.to_owned());
+        let error = node.try_run(config).err().unwrap();
+        assert!(error.message().contains(expected), "{value}: {error}");
+    }
+    assert!(node.pods(None).is_empty());
+}
+
+/// What a reboot leaves: the state on disk, made by a kernel that is no more.
+fn reboot(node: &Node) {
+    node.kill_daemon();
+    let footprint = node.footprint();
+    eventually("all processes are gone", || {
+        let pids = footprint.processes(None);
+        for pid in &pids {
+            _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        pids.is_empty().then_some(())
+    });
+    for mount in footprint.mounts().iter().rev() {
+        umount2(mount, MntFlags::MNT_DETACH).unwrap();
+    }
+    fs::remove_dir_all(node.root().join("run")).unwrap();
+    for dir in footprint.cgroups().iter().rev() {
+        _ = fs::remove_dir(dir);
+    }
+    node.host.run("ip", &["link", "del", "berth0"]).unwrap();
+    node.host.run("nft", &["flush", "ruleset"]).unwrap();
+    eventually("the pods' links are gone", || {
+        let links = node.host.links();
+        (!links.iter().any(|link| link.starts_with("bv"))).then_some(())
+    });
+    for pod in fs::read_dir(node.root().join("lib/pods")).unwrap() {
+        of_another_boot(&pod.unwrap().path().join("pod.rec"));
+    }
+}
+
+/// Rewrites a pod's record as one of an earlier boot.
+fn of_another_boot(path: &Path) {
+    let record = fs::read_to_string(path).unwrap();
+    let (header, payload) = record.split_once('\n').unwrap();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let boot = boot.trim();
+    assert!(payload.contains(boot), "{payload}");
+    let payload = payload.replace(boot, &"0".repeat(boot.len()));
+    let mut crc = flate2::Crc::new();
+    crc.update(payload.as_bytes());
+    let (header, _) = header.rsplit_once(' ').unwrap();
+    fs::write(path, format!("{header} {:08x}\n{payload}", crc.sum())).unwrap();
+}
+
+#[test]
+fn after_a_reboot_addresses_and_host_ports_of_the_old_pods_are_free() {
+    let node = Node::options()
+        .config("[network]\nsubnets = [\"10.99.0.0/29\"]\n")
+        .start();
+    let old: Vec<_> = (0..5)
+        .map(|number| {
+            let config = with_host_port(
+                &node,
+                &format!("old-{number}"),
+                cri::Protocol::Tcp,
+                12200 + number,
+            );
+            node.run(config)
+        })
+        .collect();
+    reboot(&node);
+    node.start_daemon();
+    eventually("the leases are gone", || {
+        let held = [
+            node.footprint().entries("lib/network/leases"),
+            node.footprint().entries("lib/network/hostports"),
+        ];
+        held.concat().is_empty().then_some(())
+    });
+    assert!(old.iter().all(|pod| !pod.is_ready()));
+    assert_eq!(node.host.nft_elements(), [""; 0]);
+    // As many as the subnet has room for, with the same ports.
+    for number in 0..5 {
+        let name = format!("new-{number}");
+        node.run(with_host_port(
+            &node,
+            &name,
+            cri::Protocol::Tcp,
+            12200 + number,
+        ));
+    }
+    for pod in &old {
+        pod.remove();
+    }
+    assert_eq!(node.host.nft_elements().len(), 5, "the new ones'");
+}
