@@ -58,7 +58,7 @@ impl Registry {
         fs::create_dir_all(&own)?;
         let mut config = json!({
             "version": "0.1",
-            "log": {"level": "warn", "accesslog": {"disabled": true}},
+            "log": {"level": "warn", "accesslog": {"disabled": false}},
             "storage": {
                 "filesystem": {"rootdirectory": root.join("data")},
                 "maintenance": {"uploadpurging": {"enabled": false}},
@@ -140,6 +140,22 @@ impl Registry {
     /// What the token service was asked, as request targets.
     pub fn token_requests(&self) -> Vec<Request> {
         self.tokens.as_ref().map(Server::seen).unwrap_or_default()
+    }
+
+    /// What this instance was asked and answered, in order, by its own access log: "GET /v2/…" and
+    /// the status.
+    pub fn accesses(&self) -> Vec<(String, u16)> {
+        let path = self.root.join(self.port.to_string()).join("log");
+        let log = fs::read_to_string(path).unwrap_or_default();
+        let access = |line: &str| {
+            // Apache's combined format; other lines have no request in quotes.
+            let (_, rest) = line.split_once("\"")?;
+            let (request, rest) = rest.split_once("\"")?;
+            let what = request.strip_suffix(" HTTP/1.1")?;
+            let status = rest.split_whitespace().next()?.parse().ok()?;
+            Some((what.to_owned(), status))
+        };
+        log.lines().filter_map(access).collect()
     }
 
     /// Pushes an image and gives it a tag; the reference to pull it by.

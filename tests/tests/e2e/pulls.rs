@@ -159,12 +159,46 @@ fn credentials_are_never_logged() {
     node.push("private", "1", &image("quiet"));
     let registry = node.another_registry(Access::Token);
     node.trust_plain_http(&registry);
-    node.pull_with(&at(&registry, "private", "1"), Some(password()))
-        .unwrap();
-    assert!(!node.log().contains(PASSWORD));
     use base64::Engine as _;
     let encoded = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}"));
-    assert!(!node.log().contains(&encoded));
+    let reference = at(&registry, "private", "1");
+    let identity = AuthConfig {
+        identity_token: IDENTITY_TOKEN.to_owned(),
+        ..Default::default()
+    };
+    let refused = AuthConfig {
+        registry_token: "refused-token".to_owned(),
+        ..Default::default()
+    };
+    let host = format!("127.0.0.1:{}", registry.port);
+    node.hosts_toml(
+        &host,
+        &format!("server = \"http://{host}\"\n[header]\nx-key = \"header-secret\"\n"),
+    );
+    let file = format!("{{\"auths\": {{\"{host}\": {{\"auth\": \"{encoded}\"}}}}}}");
+    std::fs::write(node.root().join("etc/auth.json"), file).unwrap();
+    for auth in [Some(password()), Some(identity), None] {
+        node.pull_with(&reference, auth).unwrap();
+        node.remove_image(&reference).unwrap();
+    }
+    let error = node.pull_with(&reference, Some(refused)).unwrap_err();
+    let explained = node.berth(&["explain", "pull", &reference]);
+    let told = format!(
+        "{}{error:?}{}",
+        node.log(),
+        String::from_utf8_lossy(&explained.stdout)
+    );
+    for secret in [
+        PASSWORD,
+        &encoded,
+        IDENTITY_TOKEN,
+        "refused-token",
+        "header-secret",
+        // How every token of the service begins.
+        "eyJ",
+    ] {
+        assert!(!told.contains(secret), "{secret} was told");
+    }
 }
 
 #[test]
