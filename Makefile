@@ -8,7 +8,7 @@ BUILT   := $(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 # What is run and tested: berth, berth-bridge, and the static monitor beside them.
 BIN     := $(TARGET)/bin/$(PROFILE)
 # Packages that supply the programs the build and the tests use.
-PACKAGES := gcc libc6-dev iproute2 nftables conntrack iptables containernetworking-plugins busybox-static docker-registry e2fsprogs
+PACKAGES := gcc libc6-dev iproute2 nftables conntrack iptables containernetworking-plugins busybox-static docker-registry e2fsprogs runc crun
 
 export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
@@ -56,6 +56,10 @@ host: build
 # The same suites on Debian's kernel with cgroup v2 and systemd: a core set, or all.
 test-vm: build
 	tests/vm/suites core
+
+# What depends on cgroups and systemd, with both cgroup drivers; an hour at most.
+test-vm-drivers: build
+	tests/vm/suites drivers
 
 test-vm-all: build
 	tests/vm/suites all

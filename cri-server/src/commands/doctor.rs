@@ -4,6 +4,7 @@
 //! needs no daemon, though it may ask one. A new check is a function in the
 //! module of its area and a line in [`CHECKS`].
 
+mod cgroups;
 mod daemon;
 mod images;
 mod node;
@@ -100,6 +101,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::privileges,
     node::kernel,
     node::cgroups,
+    cgroups::cgroups,
     node::limits,
     node::state_directory,
     node::programs,
