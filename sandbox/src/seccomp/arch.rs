@@ -252,6 +252,19 @@ impl Arch {
         }
     }
 
+    /// Whether a number up to the highest is a call's: the tables have gaps.
+    pub(super) fn knows(self, number: u32) -> bool {
+        let own = |list: &[(&str, u32)]| list.iter().any(|(_, own)| *own == number);
+        let id = number as usize;
+        match self {
+            Self::X86_64 => syscalls::x86_64::Sysno::new(id).is_some(),
+            Self::X86 => syscalls::x86::Sysno::new(id).is_some(),
+            Self::X32 => true,
+            Self::Aarch64 => own(&AARCH64_OWN) || syscalls::aarch64::Sysno::new(id).is_some(),
+            Self::Arm => own(&ARM_OWN) || syscalls::arm::Sysno::new(id).is_some(),
+        }
+    }
+
     /// The highest number of the table; what is above was not invented yet.
     pub(super) fn last(self) -> u32 {
         let id = match self {

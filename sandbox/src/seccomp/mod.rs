@@ -397,13 +397,11 @@ fn assemble(
     let unknown = if denies { RET_ERRNO | ENOSYS } else { default };
     let mut code = vec![bpf::load(bpf::ARCH)];
     for (&arch, table) in tables.iter().filter(|(arch, _)| **arch != Arch::X32) {
-        let mut segments = segments(0, arch.last(), table, default, unknown);
+        let mut segments = segments(arch, table, default, unknown);
         if arch == Arch::X86_64 {
             // Of the same audit number; -1 is what a tracer writes to skip a call.
             segments.extend(match tables.get(&Arch::X32) {
-                Some(table) => {
-                    self::segments(arch::X32_BIT, Arch::X32.last(), table, default, unknown)
-                }
+                Some(table) => self::segments(Arch::X32, table, default, unknown),
                 None => vec![
                     (arch::X32_BIT, Outcome::Return(RET_KILL_PROCESS)),
                     (u32::MAX, Outcome::Return(unknown)),
@@ -418,20 +416,26 @@ fn assemble(
     code
 }
 
-/// Runs of numbers with the same outcome, from `first` on: up to `last` the default holds where
-/// the table says nothing, above it `unknown`.
+/// Runs of numbers with the same outcome: the default holds for the calls the table says nothing
+/// of, `unknown` for numbers that are no call's, in between and above.
 fn segments(
-    first: u32,
-    last: u32,
+    arch: Arch,
     table: &BTreeMap<u32, Vec<Rule>>,
     default: u32,
     unknown: u32,
 ) -> Vec<(u32, Outcome)> {
+    let last = arch.last();
+    let first = match arch {
+        Arch::X32 => arch::X32_BIT,
+        Arch::X86_64 | Arch::X86 | Arch::Aarch64 | Arch::Arm => 0,
+    };
+    let known = |number: u32| number <= last && arch.knows(number);
     let mut starts = BTreeSet::from([first, last + 1]);
     starts.extend(table.keys().flat_map(|number| [*number, number + 1]));
+    starts.extend((first + 1..=last).filter(|number| known(*number) != known(number - 1)));
     let mut segments: Vec<(u32, Outcome)> = Vec::new();
     for start in starts {
-        let otherwise = if start <= last { default } else { unknown };
+        let otherwise = if known(start) { default } else { unknown };
         let outcome = table
             .get(&start)
             .map_or(Outcome::Return(otherwise), |rules| outcome(rules, default));
@@ -451,5 +455,7 @@ fn outcome(rules: &[Rule], default: u32) -> Outcome {
     }
 }
 
+#[cfg(test)]
+mod answers;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 //! must not fight over a machine's two processors.
 #![forbid(unsafe_code)]
 
+mod apparmor;
 mod bad_requests;
 mod cdi;
 mod cgroups;
