@@ -36,7 +36,7 @@ pub async fn pull_image(
         }
         Err(error) => {
             daemon.metrics.pull(begun.elapsed(), 0, false);
-            Err(status(&error, &daemon.places.lib))
+            Err(status(&error, daemon.images.service().dir()))
         }
     }
 }

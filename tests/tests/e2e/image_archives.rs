@@ -37,7 +37,7 @@ fn an_exported_image_is_imported_on_another_node_and_runs() {
     assert_eq!(found.repo_digests, digests);
     let pod = elsewhere.run_pod("web");
     let config = pod.container_of(&reference, &["cat", "/content"]);
-    assert_eq!(pod.output_as(config), "travelled");
+    assert_eq!(pod.output_as(config), "travelled\n");
 }
 
 #[test]

@@ -52,7 +52,7 @@ fn doctor_verify_finds_a_changed_file_and_the_next_pull_mends_it() {
 
     assert_eq!(node.pull(&reference).unwrap(), image.id());
     let config = pod.container_of(&reference, &["cat", "/content"]);
-    assert_eq!(pod.output_as(config), "as it should be");
+    assert_eq!(pod.output_as(config), "as it should be\n");
     assert_eq!(running.exec(&["echo", "on"]), "on\n");
     let text = node.berth(&["doctor", "--verify"]).stdout;
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -77,5 +77,5 @@ fn a_layer_that_vanished_is_missed_at_the_next_start_and_fetched_again() {
     assert_eq!(node.pull(&reference).unwrap(), image.id());
     let pod = node.run_pod("web");
     let config = pod.container_of(&reference, &["cat", "/content"]);
-    assert_eq!(pod.output_as(config), "there");
+    assert_eq!(pod.output_as(config), "there\n");
 }

@@ -170,6 +170,10 @@ fn oci_images(
         }
         if let Some(claimed) = annotations.get(REPO_DIGESTS) {
             take_repo_digests(spool, claimed, &mut image)?;
+            if !image.repo_digests.is_empty() {
+                // No registry has the manifest that our export wrote.
+                image.named = None;
+            }
         }
         image.names.sort_by_key(Reference::to_string);
         image.names.dedup();
