@@ -317,7 +317,7 @@ impl Running {
         let quiet = self.busy.then(|| self.last_read + QUIET);
         let finish = self.finish.map(|at| at.max(self.last_stuck) + DRAIN);
         let finish = finish.filter(|at| !self.sources.is_empty() && *at > now);
-        let closing = self.closing.map(|at| at + LINGER);
+        let closing = self.closing.map(|at| at + self.linger());
         let all = [disk, rate, quiet, finish, closing, self.clients.deadline()];
         all.into_iter().flatten().min()
     }
@@ -420,7 +420,8 @@ impl Running {
         let Some(finish) = self.finish else { return };
         // While the disk refuses nothing is read.
         let read_since = finish.max(self.last_stuck);
-        if now >= finish + LINGER || now >= read_since + DRAIN {
+        let forgotten = self.control.is_none();
+        if now >= finish + LINGER || now >= read_since + DRAIN || forgotten {
             for mut source in std::mem::take(&mut self.sources) {
                 self.end(&mut source);
             }
@@ -489,7 +490,9 @@ impl Running {
                 queue.is_over()
             }
         };
-        if !written && now < since + LINGER {
+        // Once the container is forgotten nobody looks for its last lines.
+        let forgotten = self.finish.is_some() && self.control.is_none();
+        if !written && !forgotten && now < since + LINGER {
             return;
         }
         if let Sink::Drop(queue) = &self.sink {
@@ -501,8 +504,16 @@ impl Running {
         self.say(&Word::Drained);
     }
 
+    /// How long clients have for the rest; less once the container is forgotten.
+    fn linger(&self) -> Duration {
+        match self.control {
+            Some(_) => LINGER,
+            None => clients::PATIENCE,
+        }
+    }
+
     fn is_over(&self) -> bool {
-        let late = |since: Instant| Instant::now() >= since + LINGER;
+        let late = |since: Instant| Instant::now() >= since + self.linger();
         self.drained && (self.clients.is_empty() || self.closing.is_some_and(late))
     }
 

@@ -259,7 +259,10 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<cri::ExecSyncRequest>,
     ) -> Result<Response<cri::ExecSyncResponse>, Status> {
-        work!(self, "ExecSync", request, exec_sync::exec_sync)
+        // Dropped with this future when the caller hangs up.
+        let (_here, caller) = tokio::sync::oneshot::channel();
+        let work = exec_sync::exec_sync(self.daemon.clone(), request.into_inner(), caller);
+        to_the_end(&self.daemon.metrics, "ExecSync", work).await
     }
 
     async fn exec(
