@@ -628,8 +628,18 @@ impl Cgroups {
         let told = written.and_then(|()| match &cgroup.scope {
             Some(unit) => {
                 self.systemd.set_limits(unit, after)?;
-                // It writes the files anew, and rounds.
-                self.apply(cgroup, change, &mut Journal::forgetful())
+                // It writes the files anew, and rounds. The guard has had its say.
+                let exact = match &cgroup.unified {
+                    Some(directory) => {
+                        v2::apply(directory, after, false, &mut Journal::forgetful())
+                    }
+                    None => Ok(()),
+                };
+                // One that ended meanwhile has no limits any more.
+                exact.or_else(|error| match cgroup.exists() {
+                    true => Err(error),
+                    false => Ok(()),
+                })
             }
             None => Ok(()),
         });
