@@ -423,12 +423,18 @@ impl ImageService {
     }
 
     /// Removes a container's writable layer; absent is success. The container must have ended.
-    /// Blocking.
+    /// Layers that only it still had go as well, soon after. Blocking.
     ///
     /// # Errors
     /// [`SnapshotError`].
     pub fn remove_container(&self, container_id: &str) -> Result<(), SnapshotError> {
-        self.0.snapshots.remove(container_id)
+        // One that cannot be read is removed all the same.
+        let layers = self.0.snapshots.all_layers(container_id).unwrap_or_default();
+        self.0.snapshots.remove(container_id)?;
+        if layers.iter().flatten().any(|layer| self.is_left_over(layer)) {
+            self.collect_soon();
+        }
+        Ok(())
     }
 
     /// The content of a regular file of an image, as a process in it would see it; `None` where

@@ -354,3 +354,50 @@ async fn pruning_leaves_what_is_tagged_or_used() {
     assert_eq!(node.service.prune(true).images, [used]);
     assert_eq!(node.service.list(), []);
 }
+
+const KILLED_DIR: &str = "BERTH_TEST_DIR";
+const KILLED_ARCHIVE: &str = "BERTH_TEST_ARCHIVE";
+
+/// What the child of the next test runs; alone it does nothing.
+#[test]
+fn the_import_that_is_killed() {
+    let (Ok(dir), Ok(archive)) = (std::env::var(KILLED_DIR), std::env::var(KILLED_ARCHIVE)) else {
+        return;
+    };
+    let service = Node::open(std::path::Path::new(&dir));
+    let archive = fs::File::open(archive).unwrap();
+    service.import(archive, &ImportOptions::default()).unwrap();
+}
+
+#[test]
+fn an_import_killed_anywhere_leaves_nothing_and_is_repeated() {
+    let picture = picture("killed");
+    let bytes = archive(&oci(&[(&picture, named("a.test/a:1"))]));
+    for point in [
+        "import.spooled",
+        "layer-renamed",
+        "import.unpacked",
+        "layers-synced",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("archive.tar");
+        fs::write(&path, &bytes).unwrap();
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_import_that_is_killed"])
+            .env(KILLED_DIR, dir.path())
+            .env(KILLED_ARCHIVE, &path)
+            .env("BERTH_CRASH_AT", point)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, Some(9), "not killed at {point}: {status}");
+        let service = Node::open(dir.path());
+        let node = Node { service, dir };
+        assert_eq!(leftovers(&node), [""; 0], "{point}");
+        assert_eq!(node.service.list(), [], "{point}");
+        import(&node, &bytes).unwrap();
+        assert_is(&node, "a.test/a:1", &picture, "killed");
+    }
+}

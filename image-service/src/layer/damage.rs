@@ -117,6 +117,11 @@ impl Store {
         }
     }
 
+    /// Whether some container may have an old copy of the layer.
+    pub fn has_superseded(&self, id: &LayerId) -> bool {
+        self.state().old.values().any(|(old, _)| old == id)
+    }
+
     /// What all that is kept of layers takes: files, records, recipes, and copies that some
     /// container still has. From counters.
     pub fn footprint(&self) -> walk::Sums {

@@ -2,6 +2,7 @@
 
 use super::ImageService;
 use crate::image::Image;
+use crate::layer::LayerId;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -57,8 +58,27 @@ impl ImageService {
         }
     }
 
+    /// Whether no image has the layer, or it is there in an old copy.
+    pub(super) fn is_left_over(&self, layer: &LayerId) -> bool {
+        let images = self.0.images.load();
+        let mut records = images.by_id.values();
+        !records.any(|(record, _)| record.layers.contains(layer))
+            || self.0.layers.has_superseded(layer)
+    }
+
+    /// Frees what nothing uses, without holding up the caller.
+    pub(super) fn collect_soon(&self) {
+        let service = self.clone();
+        let spawned = std::thread::Builder::new()
+            .name("image-collect".into())
+            .spawn(move || service.collect());
+        if let Err(error) = spawned {
+            super::warn(&error, "no thread to free layers, later");
+        }
+    }
+
     /// The layers of each container's image, and of the images it has as volumes.
-    fn layers_of_containers(&self) -> BTreeSet<Vec<crate::layer::LayerId>> {
+    fn layers_of_containers(&self) -> BTreeSet<Vec<LayerId>> {
         let snapshots = &self.0.snapshots;
         let mut layers = BTreeSet::new();
         for container in snapshots.list().unwrap_or_default() {

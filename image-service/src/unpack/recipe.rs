@@ -17,10 +17,12 @@
 
 use rustix::io::Errno;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 
 /// Bytes of one `R` record at most.
 const RAW_BYTES: usize = 64 << 10;
+/// Bytes of an `R` record before its content.
+const RAW_HEAD: usize = 5;
 /// zstd's level: headers are so repetitive that the cheapest takes a hundredth of them.
 const LEVEL: i32 = 1;
 /// A path is at most a directory's, a slash and a name.
@@ -50,8 +52,11 @@ pub enum Step {
 
 /// Writes a recipe. What goes wrong is told by [`Writer::finish`].
 pub struct Writer {
-    out: zstd::stream::write::Encoder<'static, BufWriter<File>>,
-    raw: Vec<u8>,
+    out: zstd::stream::write::Encoder<'static, File>,
+    /// Records not yet compressed: the encoder is asked for many at once.
+    pending: Vec<u8>,
+    /// Where in `pending` the `R` record begins that is being added to.
+    raw_at: Option<usize>,
     failed: Option<io::Error>,
 }
 
@@ -61,11 +66,12 @@ impl Writer {
     /// # Errors
     /// The encoder's.
     pub fn new(file: File) -> io::Result<Writer> {
-        let mut out = zstd::stream::write::Encoder::new(BufWriter::new(file), LEVEL)?;
+        let mut out = zstd::stream::write::Encoder::new(file, LEVEL)?;
         out.include_checksum(true)?;
         Ok(Writer {
             out,
-            raw: Vec::new(),
+            pending: Vec::with_capacity(2 * RAW_BYTES),
+            raw_at: None,
             failed: None,
         })
     }
@@ -73,54 +79,59 @@ impl Writer {
     /// The archive goes on with `bytes`.
     pub fn raw(&mut self, bytes: &[u8]) {
         for part in bytes.chunks(RAW_BYTES) {
-            if self.raw.len() + part.len() > RAW_BYTES {
-                self.flush_raw();
+            let length = self
+                .raw_at
+                .map_or(0, |at| self.pending.len() - at - RAW_HEAD);
+            if length + part.len() > RAW_BYTES {
+                self.end_record();
             }
-            self.raw.extend_from_slice(part);
+            if self.raw_at.is_none() {
+                self.raw_at = Some(self.pending.len());
+                self.pending.extend_from_slice(b"R\0\0\0\0");
+            }
+            self.pending.extend_from_slice(part);
         }
     }
 
     /// The archive goes on with a file's content.
     pub fn file(&mut self, note: &FileNote) {
-        self.flush_raw();
         self.note(b'F', note);
     }
 
     /// A file was copied from the parents.
     pub fn copied(&mut self, note: &FileNote) {
-        self.flush_raw();
         self.note(b'C', note);
     }
 
     fn note(&mut self, kind: u8, note: &FileNote) {
+        self.end_record();
         let length = note.path.len().min(MAX_PATH_BYTES) as u16;
-        let mut record = Vec::with_capacity(note.path.len() + 15);
+        let record = &mut self.pending;
         record.push(kind);
         record.extend_from_slice(&length.to_le_bytes());
         record.extend_from_slice(&note.path[..usize::from(length)]);
         record.extend_from_slice(&note.size.to_le_bytes());
         record.extend_from_slice(&note.crc32.to_le_bytes());
-        self.write(&record);
     }
 
-    fn flush_raw(&mut self) {
-        if self.raw.is_empty() {
-            return;
+    /// Closes an open `R` record, and compresses what has gathered.
+    fn end_record(&mut self) {
+        if let Some(at) = self.raw_at.take() {
+            let length = (self.pending.len() - at - RAW_HEAD) as u32;
+            self.pending[at + 1..at + RAW_HEAD].copy_from_slice(&length.to_le_bytes());
         }
-        let raw = std::mem::take(&mut self.raw);
-        self.write(b"R");
-        self.write(&(raw.len() as u32).to_le_bytes());
-        self.write(&raw);
-        self.raw = raw;
-        self.raw.clear();
+        if self.pending.len() >= RAW_BYTES {
+            self.compress();
+        }
     }
 
-    fn write(&mut self, bytes: &[u8]) {
+    fn compress(&mut self) {
         if self.failed.is_none()
-            && let Err(error) = self.out.write_all(bytes)
+            && let Err(error) = self.out.write_all(&self.pending)
         {
             self.failed = Some(error);
         }
+        self.pending.clear();
     }
 
     /// Ends the recipe; all of it is in the file then.
@@ -128,11 +139,12 @@ impl Writer {
     /// # Errors
     /// The first that any write met.
     pub fn finish(mut self) -> io::Result<()> {
-        self.flush_raw();
-        if let Some(error) = self.failed {
-            return Err(error);
+        self.end_record();
+        self.compress();
+        match self.failed {
+            Some(error) => Err(error),
+            None => self.out.finish().map(drop),
         }
-        self.out.finish()?.flush()
     }
 }
 

@@ -38,7 +38,7 @@ const MAX_SYMLINKS: usize = 40;
 const OPEN_DIRECTORIES: usize = 48;
 /// Files from this size on begin to be written to the disk while the next are unpacked, in
 /// bytes. For smaller ones the call would cost more than it saves.
-const EARLY_WRITEBACK_BYTES: u64 = 1 << 20;
+const EARLY_WRITEBACK_BYTES: u64 = 64 << 10;
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)

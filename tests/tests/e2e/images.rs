@@ -370,3 +370,31 @@ fn a_verbose_status_holds_the_image_config() {
         answer.info
     );
 }
+
+#[test]
+fn an_image_removed_while_in_use_gives_its_space_back_with_its_last_container() {
+    let node = Node::start();
+    let layer = Layer::new().file("large", 0o644, vec![7; 3_000_000]);
+    let image = Image::builder(Format::Oci)
+        .base()
+        .layer(&layer, Packing::Gzip)
+        .build();
+    let reference = node.push("things/large", "1", &image);
+    // The base layer stays, the other goes.
+    node.base_image();
+    let before = node.image_fs().used_bytes.unwrap().value;
+    node.pull(&reference).unwrap();
+    let pod = node.run_pod("user");
+    let container = pod.start_as(pod.container_of(&reference, &["sleep", "1000"]));
+    node.remove_image(&reference).unwrap();
+    assert_eq!(node.image(&reference), None);
+    assert_eq!(
+        container.exec(&["sh", "-c", "wc -c < /large"]).trim(),
+        "3000000"
+    );
+    container.stop(0).unwrap();
+    container.remove().unwrap();
+    berth_tests::eventually("its space is free", || {
+        (node.image_fs().used_bytes.unwrap().value == before).then_some(())
+    });
+}
