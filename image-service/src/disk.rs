@@ -24,30 +24,28 @@ pub fn is_full(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
-/// The file system of `dir` and what is free on it, for a message: `the file system of
-/// /var/lib/berth/images (/dev/sda1 on /var) has 0 MiB of 10240 MiB and 12 of 655360 inodes free`.
+/// Says that the file system of `dir` is full, and which one that is: `the file system of
+/// /var/lib/berth/images (/dev/sda1 on /var, 10240 MiB, 655360 inodes) is full`. What is free is
+/// not told: whoever failed for lack of it has given back what it had by now.
 pub fn describe(dir: &Path) -> String {
     let mount = fs::metadata(dir)
         .ok()
         .zip(fs::read_to_string("/proc/self/mountinfo").ok())
         .and_then(|(metadata, table)| mount_of(&table, metadata.dev()));
-    let mount = mount.map_or_else(String::new, |(device, point)| {
-        format!(" ({device} on {point})")
-    });
-    let free = rustix::fs::statvfs(dir).map_or_else(
-        |_| String::new(),
-        |stat| {
-            let mib = |blocks: u64| blocks.saturating_mul(stat.f_frsize) >> 20;
-            format!(
-                " has {} MiB of {} MiB and {} of {} inodes free",
-                mib(stat.f_bavail),
-                mib(stat.f_blocks),
-                stat.f_favail,
-                stat.f_files
-            )
-        },
-    );
-    format!("the file system of {}{mount}{free}", dir.display())
+    let mut known = Vec::new();
+    if let Some((device, point)) = mount {
+        known.push(format!("{device} on {point}"));
+    }
+    if let Ok(stat) = rustix::fs::statvfs(dir) {
+        let mib = stat.f_blocks.saturating_mul(stat.f_frsize) >> 20;
+        known.push(format!("{mib} MiB"));
+        known.push(format!("{} inodes", stat.f_files));
+    }
+    let known = match &known[..] {
+        [] => String::new(),
+        known => format!(" ({})", known.join(", ")),
+    };
+    format!("the file system of {}{known} is full", dir.display())
 }
 
 /// Device and mount point of the device number, by mountinfo's text.
