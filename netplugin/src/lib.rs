@@ -26,6 +26,7 @@ pub mod nftables;
 pub mod offer;
 pub mod plugin;
 pub mod pod_cidr;
+pub mod preflight;
 pub mod process;
 mod readiness;
 pub mod result;

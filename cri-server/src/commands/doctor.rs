@@ -7,6 +7,7 @@
 mod cgroups;
 mod daemon;
 mod images;
+mod network;
 mod node;
 mod registries;
 
@@ -105,6 +106,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::limits,
     node::state_directory,
     node::programs,
+    network::built_in,
     daemon::answers,
     registries::files,
     registries::policy,
