@@ -29,6 +29,9 @@ const SYSTEM_CAS: [&str; 3] = [
     "/etc/ssl/cert.pem",
 ];
 
+/// Device, inode, size and change time.
+type FileState = (u64, u64, u64, i64, i64);
+
 /// All that makes one client differ from another.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Way {
@@ -36,8 +39,8 @@ struct Way {
     ca: Vec<PathBuf>,
     client: Option<(PathBuf, Option<PathBuf>)>,
     skip_verify: bool,
-    /// Device, inode, size and change time of every file.
-    files: Vec<Option<(u64, u64, u64, i64, i64)>>,
+    /// Of every file; `None` for one that is not there.
+    files: Vec<Option<FileState>>,
     connect: Duration,
     no_progress: Duration,
     proxy: Proxy,
@@ -98,7 +101,7 @@ impl Clients {
     }
 }
 
-fn state_of(path: &Path) -> Option<(u64, u64, u64, i64, i64)> {
+fn state_of(path: &Path) -> Option<FileState> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((
         metadata.dev(),

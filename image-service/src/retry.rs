@@ -12,6 +12,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// The longest single Retry-After that is waited for; the kubelet backs off by itself for more.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(20);
+/// The same where somebody else may have it at once.
+const PATIENCE_BEFORE_THE_NEXT: Duration = Duration::from_secs(1);
 /// All pauses of one request together.
 const MAX_WAITED: Duration = Duration::from_secs(45);
 /// How often the last host that could answer is asked.
@@ -24,6 +26,8 @@ const ATTEMPTS_BEFORE_THE_NEXT: u32 = 2;
 pub(crate) struct Retries {
     attempt: u32,
     attempts: u32,
+    /// The longest Retry-After that is waited for.
+    patience: Duration,
     waited: Duration,
 }
 
@@ -37,6 +41,11 @@ impl Retries {
             } else {
                 ATTEMPTS_BEFORE_THE_NEXT
             },
+            patience: if is_last {
+                MAX_RETRY_AFTER
+            } else {
+                PATIENCE_BEFORE_THE_NEXT
+            },
             waited: Duration::ZERO,
         }
     }
@@ -47,7 +56,7 @@ impl Retries {
             return None;
         }
         let pause = match retry_after {
-            Some(wanted) if wanted > MAX_RETRY_AFTER => return None,
+            Some(wanted) if wanted > self.patience => return None,
             // Everybody who was told the same would be back at the same moment.
             Some(wanted) => wanted + jitter(wanted / 10),
             None => backoff(self.attempt),
@@ -172,6 +181,7 @@ mod tests {
             assert_eq!(count, attempts);
         }
         assert!(total < Duration::from_secs(10), "{total:?}");
+        assert_eq!(Retries::new(false).next(Some(MAX_RETRY_AFTER)), None);
         let mut retries = Retries::new(true);
         assert_eq!(retries.next(Some(Duration::from_secs(3600))), None);
         let mut waited = Duration::ZERO;

@@ -8,7 +8,8 @@
 //! again and again without bringing anything; all counts have a bound, so the stream ends.
 //! Source: RFC 9110, 14 (range requests).
 
-use super::{Ask, Place, Registry, RegistryError, Turn};
+use super::request::Ask;
+use super::{Place, Registry, RegistryError, Turn};
 use crate::digest::Digest;
 use crate::retry;
 use bytes::Bytes;

@@ -187,7 +187,7 @@ fn a_registry_in_trouble_is_told_in_the_kubelets_words() {
     type Answer = fn(usize, &[u8], usize) -> Response;
     let busy: Answer = |_, _, _| Response::new(429, "text/plain", "").header("retry-after", "600");
     let broken: Answer = |_, _, _| Response::new(500, "text/plain", "");
-    let turning: Answer = |_, _, _| Response::new(307, "text/plain", "").header("location", "x");
+    let turning: Answer = |_, _, _| Response::new(307, "text/plain", "").header("location", "");
     let wrong: Answer = |_, data, _| Response::new(200, "x/y", vec![b'x'; data.len()]);
     let long: Answer = |_, data, start| {
         let mut response = from(data, start, usize::MAX);
