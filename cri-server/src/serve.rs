@@ -237,6 +237,8 @@ async fn open(
     }
     let images = ImageSource::new(images);
     let mut defaults = oci::Defaults::default();
+    // Checked when the configuration was read.
+    let _ = config.containers.apply(&mut defaults);
     let nofile = (config.runtime.nofile_soft, config.runtime.nofile_hard);
     defaults.rlimits.insert(oci::Rlimit::Nofile, nofile);
     if facts.apparmor {
@@ -310,6 +312,7 @@ pub fn handlers(config: &Config, places: &Places) -> Handlers {
             },
             root: handler.root.clone(),
             options: handler.options.clone(),
+            leaves_cgroups: handler.leaves_cgroups,
             privileged_without_host_devices: handler.privileged_without_host_devices,
             annotations: handler.annotations.clone(),
             base_spec: Some(handler.base_spec.clone()).filter(|p| !p.as_os_str().is_empty()),
@@ -330,6 +333,7 @@ pub fn cgroup_settings(config: &Config) -> cgroup::Settings {
         },
         default_parent: config.cgroup.parent.clone(),
         memory_guard: config.cgroup.memory_guard,
+        pids_limit: config.cgroup.pids_limit,
         ..cgroup::Settings::default()
     }
 }

@@ -145,6 +145,17 @@ pub fn give_streams<'a>(wanted: &Process, streams: impl IntoIterator<Item = &'a 
     }
 }
 
+/// Leaves the session keyring that came from the daemon: keys are not for the
+/// processes of a container, and those of one are not for another's.
+pub fn own_keyring(container_id: &str) -> Result<(), Failed> {
+    let name = format!("_ses.{container_id}");
+    match berth_sys::process::join_session_keyring(&name) {
+        // Built without keys, or a key of that name belongs to somebody of before.
+        Err(Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),
+        other => other.step("keyctl", name),
+    }
+}
+
 /// Makes `slave` the controlling terminal and all three streams.
 pub fn install_terminal(wanted: &Process, slave: &OwnedFd) -> Result<(), Failed> {
     let size = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);

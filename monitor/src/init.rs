@@ -109,6 +109,7 @@ impl Init<'_> {
         let prepared = become_program::prepare(wanted)?;
         self.before_user_namespace()?;
         self.join_pod()?;
+        become_program::own_keyring(&launch.container_id)?;
         write_sysctls(
             &launch.sysctls,
             launch.join_net,
@@ -131,6 +132,9 @@ impl Init<'_> {
         } else {
             None
         };
+        for directory in &launch.directories {
+            let _ = root.make_dir(directory);
+        }
         if !wanted.cwd.is_empty() {
             // One that cannot be made is reported when it is entered.
             let _ = root.make_dir(&wanted.cwd);
@@ -283,7 +287,11 @@ fn sysctl_kind(path: &str) -> Option<Kind> {
     if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
         return None;
     }
-    const IPC: [&str; 8] = [
+    const IPC: [&str; 12] = [
+        "kernel/auto_msgmni",
+        "kernel/msg_next_id",
+        "kernel/sem_next_id",
+        "kernel/shm_next_id",
         "kernel/msgmax",
         "kernel/msgmnb",
         "kernel/msgmni",

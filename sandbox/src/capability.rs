@@ -199,6 +199,19 @@ pub fn resolve(
     privileged: bool,
     available: CapSet,
 ) -> Result<Sets, UnknownCapability> {
+    resolve_from(asked, privileged, available, CapSet::defaults())
+}
+
+/// As [`resolve`], where who asks for nothing gets `usual`.
+///
+/// # Errors
+/// A name that is no capability.
+pub fn resolve_from(
+    asked: &Capabilities,
+    privileged: bool,
+    available: CapSet,
+    usual: CapSet,
+) -> Result<Sets, UnknownCapability> {
     let [add, drop, ambient] =
         [&asked.add, &asked.drop, &asked.add_ambient].map(|names| parse(names));
     let (add, drop, ambient) = (add?, drop?, ambient?);
@@ -213,7 +226,7 @@ pub fn resolve(
     let base = match (add.all, drop.all) {
         (_, true) => CapSet::EMPTY,
         (true, false) => available,
-        (false, false) => CapSet::defaults(),
+        (false, false) => usual,
     };
     let ambient_wanted = if ambient.all {
         available

@@ -210,6 +210,8 @@ pub struct Extra {
     pub join_user: bool,
     /// Join the PID namespace of this container instead; empty for none.
     pub target_container_id: String,
+    /// Directories to be there, besides those that something is mounted at.
+    pub directories: Vec<String>,
     /// User namespaces for the mounts that map owners, by their maps: see
     /// [`mappings`].
     pub user_namespaces: Vec<Mapped>,
@@ -334,6 +336,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         hostname: String::new(),
         sysctls: sysctls(linux.sysctl().as_ref()),
         cgroup: Some(planner.cgroup),
+        directories: extra.directories,
         // The node's, not the spec's: the caller's to add.
         log_policy: None,
     };

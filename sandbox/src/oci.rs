@@ -21,6 +21,7 @@ mod mounts;
 mod process;
 
 pub(crate) use mounts::target as mount_target;
+pub(crate) use mounts::volume_directories;
 pub(crate) use process::capability_set;
 
 use crate::capability::{CapSet, UnknownCapability};
@@ -152,6 +153,18 @@ pub struct Defaults {
     pub rlimits: BTreeMap<Rlimit, (u64, u64)>,
     /// What can be given at all; a privileged container has all of it.
     pub capabilities: CapSet,
+    /// What a container has that asks for nothing.
+    pub usual_capabilities: CapSet,
+    /// By dotted name, of namespaces that the pod has of its own; its own take precedence.
+    pub sysctls: BTreeMap<String, String>,
+    /// What /etc/localtime is, on the host; `None` for the image's.
+    pub localtime: Option<PathBuf>,
+    /// Whether devices belong to the container's user; else to whom they belong on the host.
+    pub devices_of_user: bool,
+    /// Whether a container without privileges may write to its own cgroup (v2 only).
+    pub writable_cgroup: bool,
+    /// Whether directories are made that the image calls volumes.
+    pub volume_directories: bool,
     /// The first process's umask.
     pub umask: u32,
     /// NAME and value; the image's and the container's own take precedence.
@@ -175,6 +188,12 @@ impl Default for Defaults {
         Self {
             rlimits: BTreeMap::from([(Rlimit::Nofile, (1024, 524_288))]),
             capabilities: CapSet::up_to(40),
+            usual_capabilities: CapSet::defaults(),
+            sysctls: BTreeMap::new(),
+            localtime: None,
+            devices_of_user: false,
+            writable_cgroup: false,
+            volume_directories: true,
             umask: 0o022,
             env: Vec::new(),
             apparmor: false,
@@ -467,7 +486,10 @@ fn rule_to_oci(rule: &DeviceRule) -> oci::LinuxDeviceCgroup {
 
 fn linux(input: &Input<'_>, mounts: &[oci::Mount]) -> Result<oci::Linux, OciError> {
     let security = &input.container.security;
-    let (devices, rules) = devices::build(input.container, input.host_devices)?;
+    let identity = input.identity;
+    let of_user = input.defaults.devices_of_user;
+    let owner = of_user.then_some((identity.uid, identity.gid));
+    let (devices, rules) = devices::build(input.container, input.host_devices, owner)?;
     let mut resources = resources(&input.container.resources);
     resources.set_devices(Some(rules.iter().map(rule_to_oci).collect()));
     let mut linux = oci::Linux::default();

@@ -206,6 +206,28 @@ pub fn wait_for(pid: i32) -> Result<crate::pidfd::Ended> {
     }
 }
 
+/// Makes a session keyring called `name` this process's, a new one unless it
+/// may join one of that name.
+///
+/// # Errors
+/// ENOSYS where the kernel keeps no keys; EDQUOT; EINVAL for a name with a NUL.
+///
+/// Source: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING.
+pub fn join_session_keyring(name: &str) -> Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    const SETPERM: libc::c_long = 5;
+    // All for its possessor; view, read, search and link for its user, so that the next
+    // process can join it.
+    const PERMISSIONS: libc::c_long = 0x3f1b_0000;
+    let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+    // SAFETY: `name` is a C string that lives through the call, which only reads it.
+    let joined =
+        check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) })?;
+    // SAFETY: takes numbers only. What was joined and not made refuses; it has been done then.
+    unsafe { libc::syscall(libc::SYS_keyctl, SETPERM, joined, PERMISSIONS) };
+    Ok(())
+}
+
 /// Brings up the loopback interface of this network namespace.
 ///
 /// # Errors

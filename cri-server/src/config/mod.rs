@@ -5,6 +5,7 @@
 //! the wrong type, both with file and line: a typing error must not silently
 //! mean the default.
 
+mod containers;
 mod layout;
 mod network;
 mod sections;
@@ -224,6 +225,9 @@ impl Config {
             return refuse("network.mtu", "must be 0, or 68 to 65535".into());
         }
         if let Some((key, problem)) = self.network.wrong_cni() {
+            return refuse(key, problem);
+        }
+        if let Err((key, problem)) = self.containers.apply(&mut Default::default()) {
             return refuse(key, problem);
         }
         if let Err((key, problem)) = self.streaming.settings() {

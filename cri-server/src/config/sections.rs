@@ -2,8 +2,8 @@
 //! one source of the structs, the defaults, the parser and the printed file.
 
 use super::setting::{
-    CgroupDriver, DefaultNetwork, Fallback, FileMode, LogFormat, LogLevel, LogsOnFull,
-    PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
+    CgroupDriver, DefaultNetwork, Fallback, FileMode, ImageVolumes, LogFormat, LogLevel,
+    LogsOnFull, PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -139,6 +139,9 @@ section! {
         root: PathBuf = PathBuf::new();
         /// Options that come before its commands.
         options: Vec<String> = Vec::new();
+        /// Whether the runtime leaves cgroups alone, told so by its options (crun:
+        /// --cgroup-manager=disabled). Berth then runs it in the container's cgroup.
+        leaves_cgroups: bool = false;
         /// Whether privileged containers go without the host's devices.
         privileged_without_host_devices: bool = false;
         /// Annotations of pods and containers that the runtime is told of: keys, or beginnings of
@@ -296,6 +299,9 @@ sections! {
         /// Whether a memory limit below what a container uses is refused, as the kernel of cgroup
         /// v1 does by itself; that of v2 would kill it.
         memory_guard: bool = true;
+        /// Processes and threads a container may have that is given no limit; the kubelet limits
+        /// whole pods (podPidsLimit). 0: as many as it likes.
+        pids_limit: u32 = 0;
     }
 
     /// The process that watches over one pod.
@@ -331,6 +337,33 @@ sections! {
         bytes_per_second: u64 = 0;
         /// Size of a container's log file until the kubelet rotates it. Unit: bytes. 0: no bound.
         file_bytes: u64 = 0;
+    }
+
+    /// What every container gets that asks for nothing else.
+    containers: Containers {
+        /// Variables, NAME=value each. The image's and the container's own win.
+        env: Vec<String> = Vec::new();
+        /// Capabilities, by name without CAP_. A container may add to them and drop them.
+        capabilities: Vec<String> = super::containers::usual_capabilities();
+        /// File mode creation mask of the first process and of commands, octal.
+        umask: FileMode = FileMode(0o022);
+        /// Further resource limits, NAME=SOFT:HARD each: "nproc=1024:4096", "core=0:0", with
+        /// "unlimited" for none; clamped to what the daemon may give. For nofile see runtime.
+        rlimits: Vec<String> = Vec::new();
+        /// Sysctls, NAME=value each, of the network and IPC namespaces that a pod has of its own:
+        /// "net.ipv4.ip_unprivileged_port_start=0". The pod's own win.
+        sysctls: Vec<String> = Vec::new();
+        /// The time zone: "" for the image's own, "local" for the host's, or a name in
+        /// /usr/share/zoneinfo. Its file is mounted at /etc/localtime.
+        timezone: String = String::new();
+        /// What becomes of the paths that an image calls volumes and the pod mounts nothing at:
+        /// "directory" makes them in the container's own layer, "ignore" leaves them as they are.
+        image_volumes: ImageVolumes = ImageVolumes::Directory;
+        /// Whether containers without privileges may write to their own cgroup. cgroup v2 only.
+        writable_cgroup: bool = false;
+        /// Whether a container's devices belong to the user and group it runs as; else they have
+        /// the owners they have on the host.
+        devices_of_user: bool = false;
     }
 
     /// The daemon's own log, on standard error.

@@ -184,6 +184,16 @@ words! {
 }
 
 words! {
+    /// What becomes of an image's volumes.
+    ImageVolumes {
+        /// Directories in the container's own layer.
+        Directory = "directory",
+        /// Nothing.
+        Ignore = "ignore",
+    }
+}
+
+words! {
     /// What a node without a CNI configuration does.
     DefaultNetwork {
         /// Uses the built-in bridge.

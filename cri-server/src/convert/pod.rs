@@ -226,7 +226,8 @@ fn dotted(name: &str) -> String {
     name.to_owned()
 }
 
-fn sysctls(
+/// Sysctls by dotted name, each of a namespace that the pod has of its own.
+pub(crate) fn sysctls(
     field: &Field<'_>,
     given: &std::collections::HashMap<String, String>,
     namespaces: &PodNamespaces,

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// NOT_FOUND when there is no such container.
-pub fn container_status(
+pub async fn container_status(
     daemon: &Daemon,
     request: &cri::ContainerStatusRequest,
 ) -> Result<cri::ContainerStatusResponse, Status> {
@@ -18,14 +18,18 @@ pub fn container_status(
     Ok(cri::ContainerStatusResponse {
         status: Some(answer::container_status(&container)),
         info: if request.verbose {
-            info(&container)
+            let sandboxes = daemon.sandboxes.clone();
+            let id = container.id.to_string();
+            let spec = tokio::task::spawn_blocking(move || sandboxes.runtime_spec(&id)).await;
+            let spec = spec.ok().and_then(Result::ok);
+            info(&container, spec.unwrap_or_default())
         } else {
             HashMap::new()
         },
     })
 }
 
-fn info(container: &ContainerRecord) -> HashMap<String, String> {
+fn info(container: &ContainerRecord, runtime_spec: Value) -> HashMap<String, String> {
     let info = json!({
         "sandboxID": container.pod,
         "pid": container.state.pid().unwrap_or(0),
@@ -36,6 +40,7 @@ fn info(container: &ContainerRecord) -> HashMap<String, String> {
         "cgroup": container.cgroup,
         "logPath": container.log_path,
         "config": config(container),
+        "runtimeSpec": runtime_spec,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
 }

@@ -227,7 +227,7 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<cri::ContainerStatusResponse>, Status> {
         let request = request.into_inner();
         read!(self, "ContainerStatus", |daemon| {
-            container_status::container_status(&daemon, &request)?
+            container_status::container_status(&daemon, &request).await?
         })
     }
 

@@ -45,6 +45,7 @@ fn extra() -> Extra {
         join_user: false,
         target_container_id: String::new(),
         user_namespaces: Vec::new(),
+        directories: Vec::new(),
         prepared: BTreeMap::new(),
     }
 }

@@ -36,6 +36,7 @@ const OWN: [&str; 6] = ["ptmx", "pts", "shm", "mqueue", "fd", "console"];
 pub(super) fn build(
     container: &ContainerSpec,
     host_devices: bool,
+    owner: Option<(u32, u32)>,
 ) -> Result<(Vec<LinuxDevice>, Vec<DeviceRule>), OciError> {
     let mut nodes = BTreeMap::new();
     let mut put = |device: LinuxDevice| nodes.insert(device.path().clone(), device);
@@ -56,10 +57,18 @@ pub(super) fn build(
             if !all {
                 rules.push(rule(&device, access));
             }
-            put(device);
+            put(owned(device, owner));
         }
     }
     Ok((nodes.into_values().collect(), rules))
+}
+
+/// The device, given to `owner` if there is one.
+fn owned(mut device: LinuxDevice, owner: Option<(u32, u32)>) -> LinuxDevice {
+    if let Some((uid, gid)) = owner {
+        device.set_uid(Some(uid)).set_gid(Some(gid));
+    }
+    device
 }
 
 fn always(&(path, major, minor): &(&str, i64, i64)) -> LinuxDevice {

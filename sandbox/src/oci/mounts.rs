@@ -1,7 +1,8 @@
 //! What is mounted in a container, and in which order.
 
-use super::{Input, OciError, id_mappings};
-use crate::container_spec::{MountRequest, Propagation};
+use super::{Defaults, Input, OciError, id_mappings};
+use crate::container_spec::{ContainerSpec, MountRequest, Propagation};
+use crate::image::ContainerImage;
 use crate::pod_spec::UserNamespace;
 use oci_spec::runtime::Mount;
 use std::path::{Component, Path, PathBuf};
@@ -108,11 +109,16 @@ fn file_systems(input: &Input<'_>) -> Vec<Mount> {
     } else {
         mount("/sys", "sysfs", "sysfs", &guarded(&[write]))
     };
+    let write_cgroup = if input.defaults.writable_cgroup {
+        "rw"
+    } else {
+        write
+    };
     let cgroup = mount(
         "/sys/fs/cgroup",
         "cgroup",
         "cgroup",
-        &guarded(&["relatime", write]),
+        &guarded(&["relatime", write_cgroup]),
     );
     vec![
         mount("/proc", "proc", "proc", &guarded(&[])),
@@ -156,12 +162,46 @@ fn pod_files(input: &Input<'_>) -> Vec<Mount> {
         bind
     };
     let files = input.files;
-    vec![
+    let mut all = vec![
         bind("/dev/shm", &files.shm, "rw"),
         bind("/etc/resolv.conf", &files.resolv_conf, write),
         bind("/etc/hostname", &files.hostname, write),
         bind("/etc/hosts", &files.hosts, write),
-    ]
+    ];
+    let localtime = input.defaults.localtime.as_ref();
+    all.extend(localtime.map(|file| bind("/etc/localtime", file, "ro")));
+    all
+}
+
+/// The directories that the image calls volumes and nothing is mounted at: made
+/// in the container's own layer, over what the image has there.
+///
+/// Source: OCI image-spec, `config.md`, "Volumes".
+pub(crate) fn volume_directories(
+    container: &ContainerSpec,
+    image: &ContainerImage,
+    defaults: &Defaults,
+) -> Vec<String> {
+    if !defaults.volume_directories {
+        return Vec::new();
+    }
+    let mounts = container.mounts.iter();
+    let asked: Vec<_> = mounts
+        .filter_map(|mount| target(&mount.container_path).ok())
+        .collect();
+    let volumes = image.config.volumes.iter();
+    // What an image says is a stranger's: a path that cannot be one is passed over.
+    volumes
+        .filter_map(|path| target(path).ok())
+        .filter(|path| !asked.iter().any(|mounted| path.starts_with(mounted)))
+        .filter(|path| {
+            !["/proc", "/sys", "/dev"]
+                .iter()
+                .any(|own| path.starts_with(own))
+        })
+        .filter_map(|path| path.to_str().map(str::to_owned))
+        .take(MOST)
+        .collect()
 }
 
 /// `path` without ".", ".." and double slashes, as a place to mount at.

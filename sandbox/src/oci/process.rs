@@ -179,7 +179,12 @@ fn env(input: &Input<'_>) -> Result<Vec<Vec<u8>>, OciError> {
 fn capabilities(input: &Input<'_>) -> Result<(oci::LinuxCapabilities, CapSet), OciError> {
     let security = &input.container.security;
     let available = input.defaults.capabilities;
-    let sets = capability::resolve(&security.capabilities, security.privileged, available)?;
+    let sets = capability::resolve_from(
+        &security.capabilities,
+        security.privileged,
+        available,
+        input.defaults.usual_capabilities,
+    )?;
     let mut out = oci::LinuxCapabilities::default();
     out.set_bounding(oci_set(sets.bounding))
         .set_effective(oci_set(sets.effective))

@@ -287,6 +287,25 @@ impl Sandboxes {
         &self.0.cgroups
     }
 
+    /// The OCI runtime spec of a container as it is started with, the values of its
+    /// environment left out. Blocking: it looks at devices.
+    ///
+    /// # Errors
+    /// `ContainerNotFound`, or what was asked for is not there any more.
+    pub fn runtime_spec(&self, id: &str) -> Result<serde_json::Value> {
+        let container = self.0.container(id)?;
+        let (mut spec, _) = self.0.runtime_spec(&container)?;
+        if let Some(process) = spec.process_mut()
+            && let Some(env) = process.env_mut()
+        {
+            for entry in env {
+                let name = entry.split('=').next().unwrap_or_default();
+                *entry = format!("{name}=[redacted]");
+            }
+        }
+        serde_json::to_value(&spec).map_err(internal("the spec is no JSON"))
+    }
+
     /// Why pods cannot have user namespaces on this node; `None` when they can.
     pub fn user_namespaces_missing(&self) -> Option<&str> {
         self.0.user_namespaces_missing.as_deref()

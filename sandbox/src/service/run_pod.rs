@@ -14,6 +14,7 @@ use crate::pod_spec::{IdMapping, Namespace, PidMode, PodSpec, Protocol};
 use berth_netplugin::network::{self, AttachRequest, AttachResult, Pod, PortMapping};
 use berth_proto::monitor_v1::{self, request};
 use berth_store::crash;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 impl Sandboxes {
@@ -198,14 +199,7 @@ impl Inner {
             } else {
                 String::new()
             },
-            sysctls: spec
-                .sysctls
-                .iter()
-                .map(|(name, value)| monitor_v1::Sysctl {
-                    path: name.replace('.', "/"),
-                    value: value.clone(),
-                })
-                .collect(),
+            sysctls: sysctls(&self.settings.defaults.sysctls, spec),
             uid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.uids)),
             gid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.gids)),
         };
@@ -257,6 +251,32 @@ pub(super) fn network_pod(pod: &PodRecord) -> Pod<'_> {
         namespace: &pod.spec.name.namespace,
         uid: &pod.spec.name.uid,
     }
+}
+
+/// Those of the node's configuration that this pod has a namespace for, and its own.
+fn sysctls(defaults: &BTreeMap<String, String>, spec: &PodSpec) -> Vec<monitor_v1::Sysctl> {
+    let own = |name: &str| match name.starts_with("net.") {
+        true => spec.namespaces.network == Namespace::Pod,
+        false => spec.namespaces.ipc == Namespace::Pod,
+    };
+    let mut all: BTreeMap<&String, &String> =
+        defaults.iter().filter(|(name, _)| own(name)).collect();
+    all.extend(&spec.sysctls);
+    // Dots separate, and a slash stands for a dot in a name: in paths it is the other way round.
+    let path = |name: &str| {
+        let swap = |c| match c {
+            '.' => '/',
+            '/' => '.',
+            other => other,
+        };
+        name.chars().map(swap).collect()
+    };
+    all.into_iter()
+        .map(|(name, value)| monitor_v1::Sysctl {
+            path: path(name),
+            value: value.clone(),
+        })
+        .collect()
 }
 
 fn id_map(ranges: Option<&Vec<IdMapping>>) -> Vec<monitor_v1::IdRange> {

@@ -236,6 +236,11 @@ impl Inner {
                 join_user: namespaces.user.is_some(),
                 target_container_id: target.map_or(String::new(), |target| target.id.to_string()),
                 user_namespaces,
+                directories: oci::volume_directories(
+                    &container.spec,
+                    &container.image,
+                    &self.settings.defaults,
+                ),
                 prepared,
             },
         );

@@ -12,6 +12,7 @@ mod configuration;
 mod containers;
 mod crashes;
 mod crowd;
+mod defaults;
 mod doctor;
 mod escapes;
 mod exec;
