@@ -13,6 +13,7 @@ mod images;
 mod layers;
 mod logs;
 mod network;
+mod streaming;
 
 /// One thing to be fuzzed.
 #[derive(Clone, Copy)]
@@ -27,6 +28,9 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     target("auth-file", images::auth_file),
     target("cni-conflist", network::conflist),
+    target("cni-result", network::answer),
+    target("cni-template", network::conf_template),
+    target("cni-runtime-config", network::runtime_config),
     target("hosts-toml", images::hosts_toml),
     target("image-config", images::config),
     target("image-index", images::index),
@@ -40,6 +44,8 @@ pub const TARGETS: &[Target] = &[
     target("reference", images::reference),
     target("registries-conf", images::registries_conf),
     target("signature-manifest", images::signatures),
+    target("spdy", streaming::spdy),
+    target("websocket-channels", streaming::websocket_channels),
     target("www-authenticate", images::challenge),
 ];
 
