@@ -477,8 +477,11 @@ fn after_a_reboot_no_address_is_taken_and_no_rule_left() {
 }
 
 /// What a reboot leaves of a node whose daemon does not run: no process, no
-/// mount, pins that lead nowhere, and records of another boot.
+/// mount, no rule, pins that lead nowhere, and records of another boot.
 fn reboot(node: &Node) {
+    for what in ["-F", "-X"] {
+        node.host.run("iptables", &["-t", "nat", what]).unwrap();
+    }
     let footprint = node.footprint();
     eventually("no process of the node is left", || {
         let pids = footprint.processes(None);

@@ -44,7 +44,8 @@ fn run_pod_sandbox_with_plugins_survives_a_crash_anywhere() {
             "run_pod.namespaces",
             "run_pod.network",
             "run_pod.ready",
-            "network-",
+            "network-add",
+            "network-deleted",
         ],
         |node, point| {
             crash(node, point, || _ = node.try_run(config(node)));
