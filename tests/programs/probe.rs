@@ -191,7 +191,7 @@ fn open(path: &str) -> io::Result<()> {
 /// - `e`: what comes is sent back, to the end;
 /// - `c`: what comes is counted, and the number sent once it has ended;
 /// - `b`: broken (reset) as soon as there is more than was read;
-/// - `s`: nothing is read any more;
+/// - `s`: nothing is read any more, until it is reset;
 /// - `x` and a length of 8 bytes: as much of [`noise`] is sent while what comes is summed up,
 ///   and the sum follows.
 fn ports(address: &str) -> io::Result<()> {
@@ -230,9 +230,15 @@ fn serve_one(mut stream: TcpStream) -> io::Result<()> {
             stream.peek(&mut what)?;
             Ok(())
         }
-        b's' => loop {
-            thread::sleep(Duration::from_secs(3600));
-        },
+        b's' => {
+            stream.set_nonblocking(true)?;
+            loop {
+                match stream.peek(&mut what) {
+                    Err(err) if err.kind() != io::ErrorKind::WouldBlock => return Err(err),
+                    _ => thread::sleep(Duration::from_millis(20)),
+                }
+            }
+        }
         b'x' => {
             let mut length = [0; 8];
             stream.read_exact(&mut length)?;

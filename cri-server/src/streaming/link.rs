@@ -7,7 +7,8 @@
 //! never waits for who writes it.
 
 use super::inbox::Inbox;
-use super::transport::{Watch, Writer};
+use super::transport::Writer;
+use super::watch::Watch;
 use crate::wire::websocket;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -27,6 +27,7 @@ mod status;
 mod tls;
 mod tokens;
 mod transport;
+mod watch;
 mod websocket;
 
 use crate::wire::websocket::{CLOSE_GOING_AWAY, CLOSE_NORMAL};

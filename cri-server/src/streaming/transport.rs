@@ -1,9 +1,8 @@
-//! A client's connection, plain or TLS, and whether its other end is still there.
+//! A client's connection, plain or TLS.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use super::watch::Watch;
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -37,35 +36,18 @@ impl Connection {
         }
     }
 
-    /// Prepares it for a long life: no waiting for more to send, and a sign of life asked
-    /// for where the client says nothing for hours.
+    /// Prepares it for a long life: nothing waits for more to send, and the client's end
+    /// is watched.
     ///
     /// # Errors
-    /// No descriptor is left for the watch.
+    /// No descriptor is left.
     pub fn prepare(&self) -> io::Result<Watch> {
         let stream = match self {
             Self::Plain(stream) => stream,
             Self::Tls(stream) => stream.get_ref().0,
         };
         stream.set_nodelay(true)?;
-        rustix::net::sockopt::set_socket_keepalive(stream, true)?;
-        Ok(Watch(stream.as_fd().try_clone_to_owned()?))
-    }
-}
-
-/// Sees a peer's end of a connection, also while nobody reads from it.
-pub struct Watch(OwnedFd);
-
-impl Watch {
-    /// Whether the peer has closed its end, though bytes of its may still wait to be read.
-    pub fn peer_has_left(&self) -> bool {
-        let mut fds = [PollFd::new(&self.0, PollFlags::RDHUP)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // Only what is there at this moment; HUP and ERR come without being asked for.
-        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+        Watch::of(stream)
     }
 }
 
