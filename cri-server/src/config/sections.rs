@@ -139,9 +139,6 @@ section! {
         root: PathBuf = PathBuf::new();
         /// Options that come before its commands.
         options: Vec<String> = Vec::new();
-        /// Whether the runtime leaves cgroups alone, told so by its options (crun:
-        /// --cgroup-manager=disabled). Berth then runs it in the container's cgroup.
-        leaves_cgroups: bool = false;
         /// Whether privileged containers go without the host's devices.
         privileged_without_host_devices: bool = false;
         /// Annotations of pods and containers that the runtime is told of: keys, or beginnings of

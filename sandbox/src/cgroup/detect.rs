@@ -86,6 +86,7 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         driver,
         default_parent,
         memory_guard: settings.memory_guard,
+        pids_limit: settings.pids_limit,
         hierarchies,
         unified,
         systemd: systemd::Systemd::default(),

@@ -160,6 +160,8 @@ pub struct Settings {
     pub default_parent: String,
     /// Whether a memory limit below what is used is refused on v2, as v1's kernel does.
     pub memory_guard: bool,
+    /// Processes a container may have that is given no limit; 0 for as many as it likes.
+    pub pids_limit: u32,
 }
 
 impl Default for Settings {
@@ -169,6 +171,7 @@ impl Default for Settings {
             driver: DriverChoice::Auto,
             default_parent: "/berth".to_owned(),
             memory_guard: true,
+            pids_limit: 0,
         }
     }
 }
@@ -195,6 +198,7 @@ pub struct Cgroups {
     driver: Driver,
     default_parent: String,
     memory_guard: bool,
+    pids_limit: u32,
     hierarchies: Vec<Hierarchy>,
     unified: Option<Unified>,
     systemd: systemd::Systemd,
@@ -403,14 +407,26 @@ impl Cgroups {
         };
         let slice = cgroup.path.rsplit('/').nth(1).unwrap_or_default();
         let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
-        self.systemd.start_scope(unit, slice, holder, resources)?;
+        self.systemd
+            .start_scope(unit, slice, holder, &self.with_defaults(resources))?;
         systemd::until_entered(holder, &cgroup.path)?;
         systemd::until_there(directory)?;
-        self.apply(cgroup, resources, &mut Journal::forgetful())?;
+        let resources = self.with_defaults(resources);
+        self.apply(cgroup, &resources, &mut Journal::forgetful())?;
         if !devices.is_empty() {
             device::apply(cgroup, devices)?;
         }
         Ok(())
+    }
+
+    /// What a container is limited to that is given no limit.
+    fn with_defaults(&self, resources: &Resources) -> Resources {
+        let mut resources = resources.clone();
+        let own = resources.unified.contains_key("pids.max");
+        if resources.pids_limit.is_none() && self.pids_limit > 0 && !own {
+            resources.pids_limit = Some(self.pids_limit.into());
+        }
+        resources
     }
 
     /// Removes a container's cgroup that nothing is in any more; with systemd it is systemd
@@ -600,7 +616,8 @@ impl Cgroups {
         {
             v1::inherit_cpuset(directory, &cpuset.mount)?;
         }
-        self.apply(cgroup, resources, &mut Journal::forgetful())?;
+        let resources = self.with_defaults(resources);
+        self.apply(cgroup, &resources, &mut Journal::forgetful())?;
         if !devices.is_empty() {
             device::apply(cgroup, devices)?;
         }

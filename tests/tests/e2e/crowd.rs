@@ -117,6 +117,27 @@ fn hundreds_start_side_by_side_and_pods_that_end_in_no_order_leave_nothing() {
         });
     }
 
+    let asked = Instant::now();
+    let stats = node
+        .wait(
+            node.runtime()
+                .list_container_stats(cri::ListContainerStatsRequest::default()),
+        )
+        .unwrap();
+    let listed = asked.elapsed();
+    let metrics = node
+        .wait(
+            node.runtime()
+                .list_pod_sandbox_metrics(cri::ListPodSandboxMetricsRequest {}),
+        )
+        .unwrap();
+    eprintln!(
+        "crowd: statistics in {listed:?}, metrics in {:?}",
+        asked.elapsed() - listed
+    );
+    assert_eq!(stats.stats.len(), count);
+    assert_eq!(metrics.pod_metrics.len(), pods.len());
+
     let mut ids: Vec<String> = pods.keys().cloned().collect();
     shuffle(&mut ids);
     let ended = Instant::now();

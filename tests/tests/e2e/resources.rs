@@ -347,6 +347,22 @@ fn a_limit_for_memory_and_swap_together_is_the_kernels_swap() {
 }
 
 #[test]
+fn the_default_limit_of_processes_is_the_configurations_unless_another_is_given() {
+    let node = Node::options().cgroup("pids_limit = 123").start();
+    let pod = node.run_pod("web");
+    let limit = |container: &Container<'_>| read(container, "pids", "pids.max");
+    assert_eq!(limit(&pod.start(&["sleep", "1000"])), "123");
+    if is_cgroup_v2() {
+        let mut config = pod.container(&["sleep", "1000"]);
+        config
+            .resources()
+            .unified
+            .insert("pids.max".into(), "77".into());
+        assert_eq!(limit(&pod.start_as(config)), "77");
+    }
+}
+
+#[test]
 fn limits_of_huge_pages_are_written_where_the_kernel_has_them() {
     let node = Node::start();
     let pod = node.run_pod("web");
