@@ -33,14 +33,7 @@ fn start(rig: &Rig, script: &str, change: impl FnOnce(&mut proto::Launch)) {
 
 /// Descriptors of the logger of the only container.
 fn logger_fds(rig: &Rig) -> usize {
-    let pids = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", rig.pid())).unwrap();
-    let logger = pids
-        .split_whitespace()
-        .find(|pid| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                .is_ok_and(|name| name.trim() == "berth-log")
-        })
-        .unwrap();
+    let logger = rig::logger_of(rig.pid());
     std::fs::read_dir(format!("/proc/{logger}/fd"))
         .unwrap()
         .count()

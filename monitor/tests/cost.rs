@@ -9,6 +9,7 @@ mod rig;
 
 use berth_proto::monitor_v1::{self as proto, request::Body as Request};
 use rig::{Rig, process};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -138,4 +139,40 @@ fn an_idle_monitor_is_small() {
         );
     }
     assert!(total < 4096, "{total} KiB");
+}
+
+#[test]
+fn logging_takes_a_few_milliseconds_a_mebibyte() {
+    const MIB: usize = 64;
+    let rig = Rig::start();
+    let mut line = vec![b'x'; 100];
+    line[99] = b'\n';
+    let lines = line.repeat((MIB << 20) / line.len());
+    std::fs::write(rig.root().join("lines"), &lines).unwrap();
+    let mut client = rig.client();
+    let script = "cat /lines; echo this is the end; exec sleep 1000";
+    let (launch, fds) = rig.launch("c", &["sh", "-c", script]);
+    let path = launch.log_path.clone();
+    let begin = Instant::now();
+    client.started(Request::Launch(launch), &fds);
+    rig::until("the log is whole", || {
+        let mut file = std::fs::File::open(&path).ok()?;
+        let mut end = [0; 16];
+        file.seek(SeekFrom::End(-16)).ok()?;
+        file.read_exact(&mut end).ok()?;
+        (&end == b"this is the end\n").then_some(())
+    });
+    let took = begin.elapsed().as_secs_f64();
+    let logger = rig::logger_of(rig.pid());
+    let stat = std::fs::read_to_string(format!("/proc/{logger}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    let milliseconds = |at: usize| fields[at].parse::<f64>().unwrap() * 10.0;
+    let (user, system) = (milliseconds(11), milliseconds(12));
+    let mib = MIB as f64;
+    println!(
+        "100-byte lines: {:.0} MiB/s, {:.2} ms of CPU a MiB ({user} user, {system} system)",
+        mib / took,
+        (user + system) / mib
+    );
+    assert!((user + system) / mib < 50.0);
 }

@@ -454,6 +454,18 @@ impl Client {
     }
 }
 
+/// The only logger of a monitor.
+pub fn logger_of(monitor: u32) -> i32 {
+    let pids = std::fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
+    pids.split_whitespace()
+        .find(|pid| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim() == "berth-log")
+        })
+        .and_then(|pid| pid.parse().ok())
+        .expect("the monitor has a logger")
+}
+
 /// A client's ends of the streams.
 pub struct Attached {
     pub stdin: Option<std::io::PipeWriter>,

@@ -2,9 +2,9 @@
 //! a daemon that is killed again and again, disks that are full or hang.
 
 use crate::hung_disk::HungDisk;
-use crate::metrics::{PORT, scrape, value};
+use crate::metrics::{PORT, value};
 use berth_proto::runtime_v1::ReopenContainerLogRequest;
-use berth_tests::{Container, Node, eventually};
+use berth_tests::{Container, Node, eventually, http};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -285,8 +285,26 @@ impl Drop for Disk {
     }
 }
 
+/// When the logs' disk is full.
+#[derive(Clone, Copy, PartialEq)]
+enum Full {
+    Never,
+    /// In between.
+    ForFiveSeconds,
+    /// From the start, for five seconds and until lines were dropped.
+    UntilDropped,
+}
+
+/// The lines dropped, as the metrics say; `None` while the daemon is away.
+fn counted(node: &Node) -> Option<f64> {
+    let answer = http::send(&node.host, PORT, "GET", "/metrics", &[], &[]).ok()?;
+    let text = String::from_utf8(answer.body).ok()?;
+    let name = "berth_container_log_dropped_lines_total";
+    text.contains(name).then(|| value(&text, name, &[]))
+}
+
 /// The lines dropped, as the logs say.
-fn torture(node: &Node, mebibytes: u64, full_for: Option<Duration>) -> u64 {
+fn torture(node: &Node, mebibytes: u64, full: Full) -> u64 {
     let each = mebibytes * (1 << 20) / WRITERS;
     let disk = Disk::mount(node.root().join("logs"), 256);
     let pods: Vec<_> = (0..4)
@@ -296,6 +314,9 @@ fn torture(node: &Node, mebibytes: u64, full_for: Option<Duration>) -> u64 {
             node.run(config)
         })
         .collect();
+    if full == Full::UntilDropped {
+        disk.fill();
+    }
     let mut logs: Vec<Log<'_>> = (0..WRITERS)
         .map(|seed| {
             let pod = &pods[seed as usize % pods.len()];
@@ -312,11 +333,12 @@ fn torture(node: &Node, mebibytes: u64, full_for: Option<Duration>) -> u64 {
                 node.start_daemon();
             }
         });
-        if let Some(full_for) = full_for {
+        if full != Full::Never {
             let (disk, done) = (&disk, &done);
             scope.spawn(move || {
-                let until = Instant::now() + full_for;
-                while Instant::now() < until && !done.load(Ordering::Relaxed) {
+                let until = Instant::now() + Duration::from_secs(5);
+                let more = || full == Full::UntilDropped && counted(node).unwrap_or(0.0) == 0.0;
+                while !done.load(Ordering::Relaxed) && (Instant::now() < until || more()) {
                     // What rotation gives back is taken again.
                     disk.fill();
                     std::thread::sleep(Duration::from_millis(20));
@@ -343,12 +365,7 @@ fn torture(node: &Node, mebibytes: u64, full_for: Option<Duration>) -> u64 {
         assert!(log.rotations > 0);
     }
     let dropped = logs.iter().map(Log::dropped).sum();
-    let counted = value(
-        &scrape(node),
-        "berth_container_log_dropped_lines_total",
-        &[],
-    );
-    assert_eq!(counted, dropped as f64);
+    assert_eq!(counted(node), Some(dropped as f64));
     node.remove_all_pods().unwrap();
     dropped
 }
@@ -372,21 +389,22 @@ fn node(policy: &str) -> Node {
 
 #[test]
 fn no_line_is_lost_doubled_or_moved() {
-    assert_eq!(torture(&node("block"), mebibytes(), None), 0);
+    assert_eq!(torture(&node("block"), mebibytes(), Full::Never), 0);
 }
 
 #[test]
 fn nor_with_a_full_disk_under_block() {
-    let full = Duration::from_secs(5);
-    assert_eq!(torture(&node("block"), mebibytes(), Some(full)), 0);
+    assert_eq!(
+        torture(&node("block"), mebibytes(), Full::ForFiveSeconds),
+        0
+    );
 }
 
 #[test]
 fn under_drop_what_is_missing_is_what_is_counted_and_said() {
-    let full = Duration::from_secs(5);
     // More than all queues and pipes hold.
     let mebibytes = mebibytes().max(160);
-    assert!(torture(&node("drop"), mebibytes, Some(full)) > 0);
+    assert!(torture(&node("drop"), mebibytes, Full::UntilDropped) > 0);
 }
 
 #[test]
