@@ -446,6 +446,7 @@ fn an_exec_runs_in_the_container_with_the_streams_it_was_given() {
         stdin_fd: Some(0),
         stdout_fd: Some(2),
         stderr_fd: Some(1),
+        ..proto::Exec::default()
     };
     let fds = [OwnedFd::from(in_read), err_write.into(), out_write.into()];
     let (started, with) = client.started(Request::Exec(request), &fds);
