@@ -4,7 +4,7 @@
 mod support;
 
 use berth_image_service::layer::{Damage, Finding, LayerId, Pace};
-use berth_image_service::service::{ImageService, Verified};
+use berth_image_service::service::{ImageService, Scrubbing, Verified};
 use serde_json::json;
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -64,7 +64,7 @@ async fn damage_is_found_by_file_and_only_its_layer_is_fetched_again() {
     let image = node.service.find(&id).unwrap();
     for one in verified(&node.service) {
         assert!(matches!(one.finding, Finding::Whole { .. }), "{one:?}");
-        assert_eq!(one.images, [id.clone()]);
+        assert_eq!(one.images, std::slice::from_ref(&id));
     }
     node.service.prepare("user", &id).unwrap();
     let rootfs = node.service.mount_rootfs("user").unwrap();
@@ -84,7 +84,7 @@ async fn damage_is_found_by_file_and_only_its_layer_is_fetched_again() {
         path: "large".into(),
     };
     assert_eq!(damaged[0].finding, Finding::Damaged(large));
-    assert_eq!(damaged[0].images, [id.clone()]);
+    assert_eq!(damaged[0].images, std::slice::from_ref(&id));
 
     // Nobody is offered the image now, and a restart does not forget that.
     assert_eq!(node.service.list(), []);
@@ -93,7 +93,7 @@ async fn damage_is_found_by_file_and_only_its_layer_is_fetched_again() {
     assert_eq!(node.service.list(), []);
     let (layers_known, images_known) = node.service.not_whole();
     assert_eq!(layers_known, [image.layers[0].to_string()]);
-    assert_eq!(images_known, [id.clone()]);
+    assert_eq!(images_known, std::slice::from_ref(&id));
 
     let before = blobs_fetched(&server).len();
     node.pull(&server.reference()).await.unwrap();
@@ -307,4 +307,33 @@ async fn a_start_with_many_layers_takes_well_under_a_second() {
     assert!(!layers(&node).join(format!("{:064x}", 500)).exists());
     // An unoptimised build on a busy machine; without a build's weight it is some 30 ms.
     assert!(took < std::time::Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrub_is_slow_on_purpose_finds_damage_and_is_not_repeated_at_once() {
+    let server = Server::of(two_layers());
+    let node = Node::new();
+    node.hosts_toml(
+        &server.name(),
+        &format!("server = \"http://{}\"\n", server.name()),
+    );
+    let id = node.pull(&server.reference()).await.unwrap().image_id;
+    let scrubbing = Scrubbing {
+        every: std::time::Duration::from_secs(3600),
+        bytes_per_second: 600_000.try_into().unwrap(),
+    };
+    let begun = std::time::Instant::now();
+    assert!(node.service.scrub_if_due(scrubbing));
+    // 300,000 bytes at 600,000 a second.
+    assert!(begun.elapsed() >= std::time::Duration::from_millis(400));
+    assert_eq!(node.service.list().len(), 1);
+    assert!(!node.service.scrub_if_due(scrubbing));
+    let node = node.reopened();
+    assert!(!node.service.scrub_if_due(scrubbing));
+
+    let image = node.service.find(&id).unwrap();
+    fs::write(file_of(&node, &image.layers[1], "upper"), "ABOVE").unwrap();
+    fs::remove_file(node.dir.path().join("images/scrub.rec")).unwrap();
+    assert!(node.service.scrub_if_due(scrubbing));
+    assert_eq!(node.service.list(), []);
 }

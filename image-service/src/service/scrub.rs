@@ -51,6 +51,16 @@ impl ImageService {
         }
     }
 
+    /// Scrubs now if that is due, by when the last one ended and in which boot; whether it was.
+    /// Blocking, for as long as reading everything takes at that pace.
+    pub fn scrub_if_due(&self, scrubbing: Scrubbing) -> bool {
+        let is_due = self.is_due(scrubbing);
+        if is_due {
+            self.scrub(scrubbing);
+        }
+        is_due
+    }
+
     fn scrub_record(&self) -> PathBuf {
         self.0.settings.lib.join(RECORD)
     }
@@ -94,10 +104,7 @@ fn scrub_on(service: &Weak<super::Inner>, scrubbing: Scrubbing) {
         let Some(inner) = service.upgrade() else {
             return;
         };
-        let service = ImageService(inner);
-        if service.is_due(scrubbing) {
-            service.scrub(scrubbing);
-        }
+        ImageService(inner).scrub_if_due(scrubbing);
     }
 }
 
