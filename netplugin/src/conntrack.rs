@@ -20,10 +20,23 @@ const TUPLE_ORIG: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
+const FILTER: u16 = 25;
+const FILTER_ORIG_FLAGS: u16 = 1;
+const FILTER_REPLY_FLAGS: u16 = 2;
+/// The tuple's source address is to be compared.
+const FILTER_SOURCE: u32 = 1;
+const V4_SRC: u16 = 1;
+const V6_SRC: u16 = 3;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTO: u16 = 2;
 const PROTO_NUM: u16 = 1;
 const PROTO_DST_PORT: u16 = 3;
+
+/// So many are looked through here. More are left to the kernel, which has no need to
+/// copy them (a microsecond each), but walks through its table once for each request.
+const LISTED: u64 = 4096;
 
 /// Which connections are meant.
 #[derive(Clone, Copy, Debug)]
@@ -40,17 +53,25 @@ pub enum Which {
     },
 }
 
-/// Forgets the connections that match one of `which`; how many there were.
+/// Forgets the connections that match one of `which`.
 ///
 /// # Errors
 /// The kernel's refusal; EOPNOTSUPP and the like where it has no connection
 /// tracking count as "none there were".
-pub fn forget(which: &[Which]) -> Result<usize, NetlinkError> {
-    if which.is_empty() {
-        return Ok(0);
+pub fn forget(which: &[Which]) -> Result<(), NetlinkError> {
+    let tracked = count();
+    if which.is_empty() || tracked == Some(0) {
+        return Ok(());
     }
-    if count() == Some(0) {
-        return Ok(0);
+    if tracked.is_none_or(|tracked| tracked > LISTED)
+        && let Some(requests) = which.iter().map(flushes).collect::<Option<Vec<_>>>()
+    {
+        match Socket::netfilter()?.run(&requests.concat()) {
+            Ok(_) => return Ok(()),
+            // Before Linux 6.10 or so connections are not forgotten by address.
+            Err(error) if absent(&error) => {}
+            Err(error) => return Err(error),
+        }
     }
     let mut socket = Socket::netfilter()?;
     let mut requests = Vec::new();
@@ -69,13 +90,44 @@ pub fn forget(which: &[Which]) -> Result<usize, NetlinkError> {
         }
     });
     match listed {
-        Err(error) if absent(&error) => return Ok(0),
+        Err(error) if absent(&error) => return Ok(()),
         other => other?,
     }
     for batch in requests.chunks(64) {
         socket.run(batch)?;
     }
-    Ok(requests.len())
+    Ok(())
+}
+
+/// What makes the kernel forget by itself: those an address began, and those that
+/// are answered from it. `None` where it cannot be told so.
+///
+/// A kernel that does not know filters sees tuples without a protocol, which it refuses.
+fn flushes(which: &Which) -> Option<[Request; 2]> {
+    let Which::Of(address) = which else {
+        return None;
+    };
+    let (family, source, octets) = match address {
+        IpAddr::V4(v4) => (AF_INET, V4_SRC, v4.octets().to_vec()),
+        IpAddr::V6(v6) => (AF_INET6, V6_SRC, v6.octets().to_vec()),
+    };
+    let flush = |tuple: u16, flags: u16| {
+        let mut ip = Vec::new();
+        push_attribute(&mut ip, source, &octets);
+        let mut ends = Vec::new();
+        push_nested(&mut ends, TUPLE_IP, &ip);
+        let mut filter = Vec::new();
+        push_attribute(&mut filter, flags, &FILTER_SOURCE.to_ne_bytes());
+        // Version 1: the family counts.
+        let mut payload = vec![family, 1, 0, 0];
+        push_nested(&mut payload, tuple, &ends);
+        push_nested(&mut payload, FILTER, &filter);
+        Request::raw("forget an address's connections", DELETE, 0, payload).or(Errno::NOENT)
+    };
+    Some([
+        flush(TUPLE_ORIG, FILTER_ORIG_FLAGS),
+        flush(TUPLE_REPLY, FILTER_REPLY_FLAGS),
+    ])
 }
 
 /// How many connections this namespace tracks: where there are none, the kernel's

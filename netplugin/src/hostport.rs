@@ -208,9 +208,7 @@ impl HostPorts {
                 port: mapping.host_port,
             })
             .collect();
-        conntrack::forget(&stale)
-            .map(drop)
-            .map_err(HostPortError::Connections)
+        conntrack::forget(&stale).map_err(HostPortError::Connections)
     }
 
     fn put(&self, records: &Records, old: &[Ports], new: &Ports) -> Result<(), NftError> {

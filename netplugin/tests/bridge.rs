@@ -307,6 +307,43 @@ fn taking_back_works_in_any_order_and_again() {
     wait_until(|| world.leftovers().is_empty());
 }
 
+/// More than are listed one by one: the kernel is told to forget by address.
+#[test]
+fn thousands_of_connections_are_forgotten_with_their_pod_and_no_others() {
+    let world = World::new();
+    let bridge = world.bridge();
+    let (busy, other) = (world.pod(&bridge, "busy"), world.pod(&bridge, "other"));
+    for (from, outside) in [("0.0.0.0:0", OUTSIDE4), ("[::]:0", OUTSIDE6)] {
+        let to: IpAddr = ip(outside);
+        let socket = busy.netns.udp(from);
+        for port in 1..=3000 {
+            // Answered by ICMP, which later ones may be told of.
+            let _ = socket.send_to(b"x", (to, port));
+        }
+    }
+    let _server = busy.netns.serve("[::]:80");
+    world.host.ask(&busy.at(true, 80)).unwrap();
+    let _kept = world.outside.serve("[::]:80");
+    other.netns.ask(&format!("{OUTSIDE4}:80")).unwrap();
+    let tracked = |pod: &Pod| {
+        let both = [true, false].map(|ipv4| pod.ip(ipv4).to_string());
+        let listed = world
+            .host
+            .sh("conntrack -L 2>/dev/null; conntrack -L -f ipv6 2>/dev/null");
+        let mut words = listed.lines().map(|line| line.split(['=', ' ']));
+        words
+            .by_ref()
+            .filter(|words| words.clone().any(|word| both.iter().any(|ip| ip == word)))
+            .count()
+    };
+    assert!(tracked(&busy) > 4096, "{}", tracked(&busy));
+    let (kept, started) = (tracked(&other), Instant::now());
+    assert!(kept > 0);
+    world.host.run(|| bridge.del("busy", "eth0")).unwrap();
+    println!("taken back in {:?}", started.elapsed());
+    assert_eq!((tracked(&busy), tracked(&other)), (0, kept));
+}
+
 #[test]
 fn gc_takes_what_belongs_to_nobody() {
     let world = World::new();
