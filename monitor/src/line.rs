@@ -111,7 +111,7 @@ impl Splitter {
                         out.extend_from_slice(&self.pending);
                         self.pending.clear();
                     }
-                    out.extend_from_slice(&bytes[..=at]);
+                    append(out, bytes, at + 1);
                     bytes = &bytes[at + 1..];
                     self.open = false;
                     lines += 1;
@@ -180,6 +180,26 @@ impl Splitter {
         prefix[PREFIX_BYTES - 2] = tag;
         prefix
     }
+}
+
+/// Appends the first `length` bytes of `from`. Lines are short and many: pieces
+/// of a fixed size are a few instructions each, where a copy of any length is a
+/// call that costs more than a line.
+#[inline]
+fn append(out: &mut Vec<u8>, from: &[u8], length: usize) {
+    const PIECE: usize = 32;
+    let end = out.len() + length;
+    let pieces = length.div_ceil(PIECE);
+    if length > 16 * PIECE || pieces * PIECE > from.len() {
+        out.extend_from_slice(&from[..length]);
+        return;
+    }
+    let (pieces, _) = from[..pieces * PIECE].as_chunks::<PIECE>();
+    for piece in pieces {
+        out.extend_from_slice(piece);
+    }
+    // The last piece may have had some of the next line.
+    out.truncate(end);
 }
 
 /// What [`Splitter::abandon`] found.
