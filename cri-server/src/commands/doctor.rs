@@ -5,11 +5,13 @@
 //! module of its area and a line in [`CHECKS`].
 
 mod cgroups;
+mod cni;
 mod daemon;
 mod images;
 mod network;
 mod node;
 mod registries;
+mod security;
 
 use super::Outcome;
 use crate::config::{Config, Layout, Overrides, Places};
@@ -106,7 +108,10 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::limits,
     node::state_directory,
     node::programs,
+    security::app_armor,
+    security::user_namespaces,
     network::built_in,
+    cni::configuration,
     daemon::answers,
     registries::files,
     registries::policy,
