@@ -13,6 +13,7 @@ fn node() -> NodeFacts {
     NodeFacts {
         selinux: false,
         apparmor: false,
+        handlers: Default::default(),
         unset_seccomp: SeccompProfile::Unconfined,
     }
 }

@@ -33,8 +33,10 @@ impl Precious {
         .map(|name| Path::new("/proc/sys/kernel").join(name))
         .collect();
         for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            paths.push(hierarchy.path().join("release_agent"));
-            paths.push(hierarchy.path().join("notify_on_release"));
+            // Only v1's have them; a cgroup of v2 may be another test's, and go.
+            let files = ["release_agent", "notify_on_release"];
+            let files = files.map(|name| hierarchy.path().join(name));
+            paths.extend(files.into_iter().filter(|path| path.exists()));
         }
         paths.push("/sys/kernel/uevent_helper".into());
         paths.push("/etc/passwd".into());
