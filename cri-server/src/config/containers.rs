@@ -124,20 +124,26 @@ mod tests {
             "containers.capabilities"
         );
         for limit in ["nproc=1", "nproc=5:4", "wings=1:2", "nproc"] {
-            let mut containers = Containers::default();
-            containers.rlimits = vec![limit.into()];
+            let containers = Containers {
+                rlimits: vec![limit.into()],
+                ..Containers::default()
+            };
             let wrong = containers.apply(&mut Defaults::default()).unwrap_err();
             assert_eq!(wrong.0, "containers.rlimits", "{limit}");
         }
         for sysctl in ["kernel.core_pattern=x", "net/../kernel/x=1", "net=1"] {
-            let mut containers = Containers::default();
-            containers.sysctls = vec![sysctl.into()];
+            let containers = Containers {
+                sysctls: vec![sysctl.into()],
+                ..Containers::default()
+            };
             let wrong = containers.apply(&mut Defaults::default()).unwrap_err();
             assert_eq!(wrong.0, "containers.sysctls", "{sysctl}");
         }
         for zone in ["../../../etc/passwd", "No/Where", "/etc/localtime"] {
-            let mut containers = Containers::default();
-            containers.timezone = zone.into();
+            let containers = Containers {
+                timezone: zone.into(),
+                ..Containers::default()
+            };
             let wrong = containers.apply(&mut Defaults::default()).unwrap_err();
             assert_eq!(wrong.0, "containers.timezone", "{zone}");
         }
