@@ -38,7 +38,7 @@ fn sweep(prefixes: &[&str], round: impl Fn(&Node, &str)) {
 
 /// Restarts the daemon so that it dies at `point`, makes the call that shall hit
 /// it, and brings the daemon back.
-pub fn crash(node: &Node, point: &str, call: impl FnOnce()) {
+fn crash(node: &Node, point: &str, call: impl FnOnce()) {
     node.start_daemon_to_crash_at(Some(point));
     call();
     if node.is_running() {
