@@ -7,6 +7,7 @@
 mod logs;
 mod network;
 mod pull;
+mod streaming;
 
 use anyhow::{Context as _, Result, bail};
 use berth_proto::runtime_v1 as cri;
@@ -53,6 +54,10 @@ enum What {
     Exec,
     /// A container's output until it is in its log.
     Logs(logs::Logs),
+    /// What goes through exec: a command's output, and its input.
+    ExecStream(streaming::Streams),
+    /// What goes through port-forward: out of a port, and into one.
+    PortForward(streaming::Streams),
     /// A pull of the image where it is not, and its removal.
     Pull(pull::Pull),
     /// A pod's network: the built-in one and Debian's plugins.
@@ -79,7 +84,12 @@ async fn main() -> Result<()> {
     match &arguments.what {
         What::Network(options) => return network::set_up(options, arguments.rounds),
         What::Throughput(options) => return network::throughput(options, arguments.rounds),
-        What::Start | What::Exec | What::Logs(_) | What::Pull(_) => {}
+        What::Start
+        | What::Exec
+        | What::ExecStream(_)
+        | What::PortForward(_)
+        | What::Logs(_)
+        | What::Pull(_) => {}
     }
     if arguments.sockets.is_empty() {
         bail!("give at least one --socket");
@@ -126,6 +136,12 @@ async fn measure(arguments: &Arguments, runtimes: &mut [Runtime]) -> Result<Vec<
             let times = match &arguments.what {
                 What::Start => time_start(runtime, &arguments.image, round).await,
                 What::Exec => time_exec(runtime, &arguments.image, round).await,
+                What::ExecStream(options) => {
+                    streaming::time_exec(runtime, &arguments.image, round, options).await
+                }
+                What::PortForward(options) => {
+                    streaming::time_forward(runtime, &arguments.image, round, options).await
+                }
                 What::Pull(_) => pull::time(runtime, &arguments.image).await,
                 What::Logs(options) => logs::time(runtime, &arguments.image, round, options).await,
                 What::Network(_) | What::Throughput(_) => bail!("these are measured apart"),

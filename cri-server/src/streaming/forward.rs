@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -138,23 +138,25 @@ async fn forward(sandboxes: &Sandboxes, pod: &str, port: u16, data: Stream, erro
 }
 
 /// Copies both ways until both are over.
-async fn join(connection: TcpStream, data: &Channel) {
-    let (from, to) = connection.into_split();
+async fn join(mut connection: TcpStream, data: &Channel) {
+    // Whatever ends this early, the program is to see a connection that broke, not one
+    // that ended; nor may bytes it does not read keep the connection.
+    let _ = connection.set_zero_linger();
+    let (from, to) = connection.split();
     // One way that breaks ends the other.
     let outcome = tokio::try_join!(towards_pod(data, to), from_pod(from, data));
-    if outcome.is_err() {
-        match data {
-            Channel::Spdy(stream) => stream.reset(Reset::Cancel),
-            // The protocol has no way to say it.
-            Channel::WebSocket(_) => {}
-        }
+    if outcome.is_ok() {
+        let _ = rustix::net::sockopt::set_socket_linger(&connection, None);
+    } else if let Channel::Spdy(stream) = data {
+        // Channels of a WebSocket have no way to say it.
+        stream.reset(Reset::Cancel);
     }
 }
 
 /// The connection broke, or the client broke its stream off.
 struct Broke;
 
-async fn towards_pod(data: &Channel, mut to: OwnedWriteHalf) -> Result<(), Broke> {
+async fn towards_pod(data: &Channel, mut to: WriteHalf<'_>) -> Result<(), Broke> {
     loop {
         match data.read().await {
             Ok(Some(bytes)) => {
@@ -162,7 +164,6 @@ async fn towards_pod(data: &Channel, mut to: OwnedWriteHalf) -> Result<(), Broke
                     // It reads no more, but what it wrote before is still worth having:
                     // the other way ends when that is through.
                     data.discard();
-                    to.forget();
                     return Ok(());
                 }
             }
@@ -171,17 +172,12 @@ async fn towards_pod(data: &Channel, mut to: OwnedWriteHalf) -> Result<(), Broke
                 let _ = to.shutdown().await;
                 return Ok(());
             }
-            Err(_) => {
-                // The program is to see a connection that broke, not one that ended.
-                let _ = to.as_ref().set_zero_linger();
-                to.forget();
-                return Err(Broke);
-            }
+            Err(_) => return Err(Broke),
         }
     }
 }
 
-async fn from_pod(mut from: OwnedReadHalf, data: &Channel) -> Result<(), Broke> {
+async fn from_pod(mut from: ReadHalf<'_>, data: &Channel) -> Result<(), Broke> {
     let mut buffer = Buffer::default();
     loop {
         match from.read(buffer.space()).await {

@@ -13,6 +13,7 @@ use crate::{Container, Node, Pod};
 use anyhow::{Context, Result, bail, ensure};
 use berth_proto::runtime_v1 as cri;
 use serde_json::Value;
+use std::cell::RefCell;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 use tonic::Status;
@@ -191,7 +192,18 @@ pub struct Command {
 }
 
 /// Where bytes come out.
-pub struct Output(Receiver<Event>);
+pub struct Output {
+    events: Receiver<Event>,
+    /// What came behind a text that was waited for.
+    behind: RefCell<Vec<u8>>,
+}
+
+impl From<Receiver<Event>> for Output {
+    fn from(events: Receiver<Event>) -> Self {
+        let behind = RefCell::default();
+        Self { events, behind }
+    }
+}
 
 /// Where bytes go in.
 pub enum Input {
@@ -269,16 +281,16 @@ impl Command {
                 let resize = some(sized, "resize")?;
                 Ok(Self {
                     stdin: stdin.map(|(sender, _)| Input::Spdy(sender)),
-                    stdout: stdout.map(|(_, events)| Output(events)),
-                    stderr: stderr.map(|(_, events)| Output(events)),
-                    error: Output(error),
+                    stdout: stdout.map(|(_, events)| events.into()),
+                    stderr: stderr.map(|(_, events)| events.into()),
+                    error: error.into(),
                     resize: resize.map(|(sender, _)| Input::Spdy(sender)),
                     connection: Connection::Spdy(connection),
                 })
             }
             Transport::WebSocket => {
                 let (connection, events) = websocket::Connection::open(url, protocol, 5)?;
-                let mut events = events.into_iter().map(Output);
+                let mut events = events.into_iter().map(Output::from);
                 let mut next = || events.next().expect("five channels");
                 let (_, stdout_events, stderr_events, error) = (next(), next(), next(), next());
                 let input = |number| Input::WebSocket(connection.sender(number));
@@ -367,7 +379,11 @@ impl Output {
     /// # Errors
     /// The stream or the connection broke, or nothing comes.
     pub fn next(&self) -> Result<Option<bytes::Bytes>> {
-        match self.0.recv_timeout(PATIENCE) {
+        let behind = self.behind.take();
+        if !behind.is_empty() {
+            return Ok(Some(behind.into()));
+        }
+        match self.events.recv_timeout(PATIENCE) {
             Ok(Event::Data(bytes)) => Ok(Some(bytes)),
             Ok(Event::End | Event::Gone(Some(1000))) => Ok(None),
             Ok(Event::Reset) => bail!("the server reset the stream"),
@@ -379,7 +395,7 @@ impl Output {
 
     /// What comes next, whatever it is.
     pub fn event(&self) -> Option<Event> {
-        self.0.recv_timeout(PATIENCE).ok()
+        self.events.recv_timeout(PATIENCE).ok()
     }
 
     /// Everything up to the end.
@@ -394,21 +410,25 @@ impl Output {
         Ok(all)
     }
 
-    /// Reads until `text` is there.
+    /// Reads until `text` is there; what came up to then. The rest is kept.
     ///
     /// # Errors
     /// It ended or broke before.
     pub fn until(&self, text: &str) -> Result<String> {
         let mut all = Vec::new();
         loop {
-            let so_far = String::from_utf8_lossy(&all);
-            if so_far.contains(text) {
-                return Ok(so_far.into_owned());
+            let found = all
+                .windows(text.len())
+                .position(|part| part == text.as_bytes());
+            if let Some(at) = found {
+                self.behind.replace(all.split_off(at + text.len()));
+                return Ok(String::from_utf8_lossy(&all).into_owned());
             }
+            let so_far = || String::from_utf8_lossy(&all).into_owned();
             match self.next() {
                 Ok(Some(bytes)) => all.extend_from_slice(&bytes),
-                Ok(None) => bail!("ended after {so_far:?}"),
-                Err(err) => return Err(err.context(format!("after {so_far:?}"))),
+                Ok(None) => bail!("ended after {:?}", so_far()),
+                Err(err) => return Err(err.context(format!("after {:?}", so_far()))),
             }
         }
     }
@@ -487,8 +507,8 @@ impl Forwarder {
         let (to, from) = open("data")?;
         Ok(Forwarded {
             to,
-            from: Output(from),
-            error: Output(error),
+            from: from.into(),
+            error: error.into(),
         })
     }
 }

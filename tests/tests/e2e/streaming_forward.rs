@@ -266,10 +266,8 @@ fn a_pod_that_stops_ends_its_connections() {
     let url = pod.port_forward_url(&[]).unwrap();
     pod.stop();
     assert!(matches!(open.from.event(), Some(Event::End | Event::Reset)));
-    let late = Forwarder::open(&node, &url, Transport::Spdy)
-        .unwrap()
-        .connect(4000)
-        .unwrap();
+    let forwarder = Forwarder::open(&node, &url, Transport::Spdy).unwrap();
+    let late = forwarder.connect(4000).unwrap();
     let said = late.error.all().unwrap();
     assert!(
         String::from_utf8_lossy(&said).contains("not ready"),
