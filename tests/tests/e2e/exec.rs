@@ -38,7 +38,10 @@ fn an_exec_runs_where_the_container_does() {
         let pid = eventually("the exec's process is in the container's cgroup", || {
             container.pids().into_iter().find(|pid| *pid != init)
         });
-        assert_eq!(cgroup(pid), cgroup(init));
+        // It joins one hierarchy after the other.
+        eventually("it is in all of the container's cgroups", || {
+            (cgroup(pid) == cgroup(init)).then_some(())
+        });
         running.join().unwrap().unwrap();
     });
 }
