@@ -1,6 +1,7 @@
 //! The CRI log file. Source: Kubernetes, "CRI: Log management for container stdout/stderr".
 
-use berth_tests::Node;
+use crate::metrics::{PORT, scrape, value};
+use berth_tests::{Node, eventually};
 use std::fs;
 use tonic::Code;
 
@@ -173,4 +174,82 @@ fn removing_a_container_leaves_the_pods_log_directory() {
     container.wait_for_exit();
     container.remove().unwrap();
     assert!(std::path::Path::new(&pod.config.log_directory).is_dir());
+}
+
+#[test]
+fn bytes_that_are_no_text_are_kept() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let container = pod.start(&["sh", "-c", r"printf 'a\000b\377c\n\n\r\n'"]);
+    container.wait_for_exit();
+    let log = fs::read(&container.log_path).unwrap();
+    let texts: Vec<&[u8]> = log
+        .split_inclusive(|byte| *byte == b'\n')
+        .map(|line| &line[40..])
+        .collect();
+    assert_eq!(texts, [&b"a\0b\xffc\n"[..], b"\n", b"\r\n"]);
+}
+
+#[test]
+fn a_log_is_rotated_while_its_container_stops() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let script = "trap 'for i in $(seq 3000); do echo $i; done; exit 0' TERM; \
+                  echo ready; while :; do sleep 0.01; done";
+    let container = pod.start(&["sh", "-c", script]);
+    container.wait_for_log("ready");
+    let mut parts = Vec::new();
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(|| container.stop(30));
+        loop {
+            let aside = container.log_path.with_extension(parts.len().to_string());
+            if fs::rename(&container.log_path, &aside).is_ok() {
+                parts.push(aside);
+            }
+            let request = berth_proto::runtime_v1::ReopenContainerLogRequest {
+                container_id: container.id.clone(),
+            };
+            match node.wait(node.runtime().reopen_container_log(request)) {
+                Ok(_) => {}
+                // It has ended, and the old file has everything.
+                Err(error) => {
+                    assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+                    break;
+                }
+            }
+        }
+        stopping.join().unwrap().unwrap();
+    });
+    if container.log_path.exists() {
+        parts.push(container.log_path.clone());
+    }
+    let numbers: Vec<u32> = parts
+        .iter()
+        .flat_map(|part| {
+            let text = fs::read_to_string(part).unwrap();
+            let numbers = text.lines().filter_map(|line| line[40..].parse().ok());
+            numbers.collect::<Vec<u32>>()
+        })
+        .collect();
+    assert_eq!(numbers, (1..=3000).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_is_logged_is_counted_also_when_its_container_is_gone() {
+    let node = Node::options()
+        .config(&format!("[metrics]\naddress = \"127.0.0.1:{PORT}\"\n"))
+        .start();
+    let pod = node.run_pod("web");
+    let counted = |name: &str| value(&scrape(&node), name, &[]);
+    let container = pod.start(&["sh", "-c", "echo 1; echo 22 >&2; printf 333; sleep 1000"]);
+    container.wait_for_log("22");
+    eventually("the lines are counted while it runs", || {
+        (counted("berth_container_log_lines_total") == 2.0).then_some(())
+    });
+    container.stop(0).unwrap();
+    container.wait_for_exit();
+    container.remove().unwrap();
+    assert_eq!(counted("berth_container_log_lines_total"), 3.0);
+    assert_eq!(counted("berth_container_log_bytes_total"), 8.0);
+    assert_eq!(counted("berth_container_log_dropped_lines_total"), 0.0);
 }

@@ -4,7 +4,7 @@ use berth_tests::{Node, eventually, http};
 
 pub const PORT: u16 = 9475;
 
-fn scrape(node: &Node) -> String {
+pub fn scrape(node: &Node) -> String {
     let answer = http::send(&node.host, PORT, "GET", "/metrics", &[], &[]).unwrap();
     assert_eq!(answer.status, 200);
     String::from_utf8(answer.body).unwrap()
