@@ -165,10 +165,7 @@ impl Program {
         // The descriptor's number is read before it is closed on exec.
         let path = format!("/proc/self/fd/{}", self.held.as_raw_fd());
         let mut command = std::process::Command::new(path);
-        command
-            .arg0("berth-monitor")
-            .env_clear()
-            .current_dir("/");
+        command.arg0("berth-monitor").env_clear().current_dir("/");
         command
     }
 }

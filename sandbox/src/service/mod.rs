@@ -8,10 +8,10 @@
 mod attach;
 mod create_container;
 mod exec;
-mod mounts;
 mod exec_session;
 mod foreign;
 mod logs;
+mod mounts;
 mod network_gc;
 mod pending;
 mod pod_network;
@@ -46,8 +46,8 @@ use tokio::sync::mpsc;
 
 pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
 pub use exec::ExecOutput;
-pub use logs::{LogPolicy, LogTotals, OnFull};
 pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
+pub use logs::{LogPolicy, LogTotals, OnFull};
 pub use pending::PendingInfo;
 pub use pod_network::PodNetwork;
 
