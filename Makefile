@@ -1,4 +1,4 @@
-# make build | test | test-vm | test-vm-all | fuzz | demo | bench | fmt | lint | docs | clean
+# make build | test | handlers | test-vm | test-vm-all | fuzz | demo | bench | fmt | lint | docs | clean
 # Everything that runs containers needs root. PROFILE=release for an optimised build.
 
 PROFILE ?= dev
@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
+.PHONY: handlers all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
 all: build
 
 setup:
@@ -52,6 +52,10 @@ e2e: build
 # Both.
 host: build
 	cargo test --locked --workspace --no-fail-fast
+
+# The suites of containers over runc and crun as runtime handlers.
+handlers: build
+	tests/handlers
 
 # The same suites on Debian's kernel with cgroup v2 and systemd: a core set, or all.
 test-vm: build

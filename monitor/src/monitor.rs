@@ -142,6 +142,9 @@ struct ExecProcess {
     exec_id: String,
     /// 0 until an OCI runtime has made it.
     pid: i32,
+    /// What is signalled: it and its children. Its own, or with some OCI runtimes
+    /// the one of their driver.
+    group: i32,
     /// It ended before its start had.
     early: Option<Ended>,
     pidfd: Option<OwnedFd>,

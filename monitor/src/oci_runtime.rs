@@ -260,7 +260,7 @@ impl Driver<'_> {
         }
         let said = said.unwrap_or_else(|| format!("it failed without a word: {ended}"));
         Err(Failed {
-            errno: errno_of(&said),
+            errno: 0,
             stage,
             detail: said,
         })
@@ -301,18 +301,6 @@ fn last_error(log: &Path) -> Option<String> {
     })
 }
 
-/// The errno that a runtime's message is about, 0 where it does not say: what
-/// the image has not got is told apart from all else.
-fn errno_of(said: &str) -> i32 {
-    let said = said.to_ascii_lowercase();
-    let missing = ["executable file not found", "no such file or directory"];
-    if missing.iter().any(|words| said.contains(words)) {
-        Errno::NOENT.raw_os_error()
-    } else {
-        0
-    }
-}
-
 fn io(stage: &str, detail: &str, error: &std::io::Error) -> Failed {
     Failed {
         stage: stage.to_owned(),
@@ -334,8 +322,6 @@ mod tests {
         std::fs::write(&log, text).unwrap();
         let said = last_error(&log).unwrap();
         assert!(said.starts_with("exec:"), "{said}");
-        assert_eq!(errno_of(&said), Errno::NOENT.raw_os_error());
-        assert_eq!(errno_of("first"), 0);
         assert_eq!(last_error(&dir.path().join("none")), None);
     }
 

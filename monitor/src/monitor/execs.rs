@@ -41,6 +41,7 @@ impl Monitor {
                 container_id: exec.container_id,
                 exec_id: exec.exec_id,
                 pid: if driven { 0 } else { pid },
+                group: pid,
                 early: None,
                 pidfd: Some(pidfd),
                 start_ticks: reaper::start_ticks(pid),
@@ -101,6 +102,7 @@ impl Monitor {
         };
         let (pid, pidfd) = (&mut exec.pid, &mut exec.pidfd);
         let (early, ticks) = (&mut exec.early, &mut exec.start_ticks);
+        let group = &mut exec.group;
         let strays = &mut self.strays;
         let hold = |made: i32| {
             // It runs since before its pid was told, and may have come to its end.
@@ -111,6 +113,11 @@ impl Monitor {
             *pidfd = Some(pidfd::open(made)?);
             *pid = made;
             *ticks = reaper::start_ticks(made);
+            // The driver leads a session: nothing of the monitor's own is in either group.
+            let made = rustix::process::Pid::from_raw(made);
+            if let Ok(found) = rustix::process::getpgid(made) {
+                *group = found.as_raw_nonzero().get();
+            }
             Ok(())
         };
         if !hear_start(starting, &mut exec.console, hold) {
@@ -200,7 +207,7 @@ impl ExecProcess {
             return pidfd::send_signal(pidfd, signal);
         }
         // Not reaped yet, so the pid is still its own and the group's.
-        match process::signal_group(self.pid, signal) {
+        match process::signal_group(self.group, signal) {
             Err(Errno::SRCH) => pidfd::send_signal(pidfd, signal),
             other => other,
         }

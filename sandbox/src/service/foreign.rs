@@ -34,6 +34,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+/// What the bundle says it follows: nothing newer is in it, and crun 1.8 refuses
+/// versions it does not know.
+const OCI_VERSION: &str = "1.0.2";
+
 /// Largest base spec read. Unit: bytes.
 const MOST_BASE_SPEC: u64 = 1 << 20;
 
@@ -147,6 +151,7 @@ impl Inner {
         make(&dir.join("rootfs")).map_err(internal(failed()))?;
         fs::create_dir_all(&runtime.root).map_err(internal(failed()))?;
 
+        spec.set_version(OCI_VERSION.to_owned());
         self.join_namespaces(&mut spec, container, held)?;
         self.add_seccomp(&mut spec, container)?;
         self.add_annotations(&mut spec, pod, &container.spec, runtime);

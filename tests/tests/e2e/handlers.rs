@@ -1,0 +1,200 @@
+//! OCI runtimes as handlers. `tests/handlers` runs the suites of containers over
+//! them as well; here is what only they have.
+
+use berth_proto::runtime_v1 as cri;
+use berth_tests::deadline::eventually;
+use berth_tests::{Node, Pod};
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use tonic::Code;
+
+const RUNTIMES: [&str; 2] = ["runc", "crun"];
+
+fn run<'n>(node: &'n Node, handler: &str) -> Pod<'n> {
+    let config = node.pod_config(handler);
+    let pod = node.try_run_by(handler, config);
+    pod.unwrap_or_else(|error| panic!("RunPodSandbox by {handler}: {error}"))
+}
+
+/// A program that does something and becomes runc.
+fn wrapper(dir: &Path, before: &str) -> PathBuf {
+    let path = dir.join("wrapper");
+    let text = format!("#!/bin/sh\n{before}\nexec runc \"$@\"\n");
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_container_lives_its_life_by_another_runtime() {
+    let node = Node::start();
+    for handler in RUNTIMES {
+        let pod = run(&node, handler);
+        assert_eq!(pod.status().runtime_handler, handler);
+        let script = "echo out; echo err >&2; trap 'exit 7' TERM; while :; do sleep 0.1; done";
+        let container = pod.start(&["sh", "-c", script]);
+        container.wait_for_log("out");
+        assert_eq!(container.stdout(), "out\n", "{handler}");
+        assert_eq!(container.stderr(), "err\n", "{handler}");
+        assert_eq!(
+            container.exec(&["sh", "-c", "echo $((6 * 7))"]).trim(),
+            "42"
+        );
+        let failed = container.try_exec(&["sh", "-c", "exit 3"], 20).unwrap();
+        assert_eq!(failed.exit_code, 3, "{handler}");
+        container.stop(20).unwrap();
+        assert_eq!(container.status().exit_code, 7, "{handler}");
+        container.remove().unwrap();
+        pod.remove();
+    }
+}
+
+#[test]
+fn its_containers_outlive_a_killed_daemon() {
+    let node = Node::start();
+    for handler in RUNTIMES {
+        let pod = run(&node, handler);
+        let container = pod.start(&[
+            "sh",
+            "-c",
+            "while [ ! -e /go ]; do sleep 0.05; done; exit 5",
+        ]);
+        let before = container.init_pid();
+        node.kill_daemon();
+        node.start_daemon();
+        assert_eq!(container.init_pid(), before, "{handler}");
+        container.exec(&["touch", "/go"]);
+        assert_eq!(container.wait_for_exit().exit_code, 5, "{handler}");
+        pod.remove();
+    }
+}
+
+#[test]
+fn what_the_image_has_not_got_is_told_by_name() {
+    let node = Node::start();
+    for handler in RUNTIMES {
+        let pod = run(&node, handler);
+        let container = pod.create(pod.container(&["/no/such/program"]));
+        let error = container.start().expect_err("there is no such program");
+        assert!(
+            error.message().contains("/no/such/program"),
+            "{handler}: {error}"
+        );
+        let status = container.status();
+        assert_eq!(status.reason, "StartError", "{handler}");
+        assert_eq!(status.exit_code, 128, "{handler}");
+        pod.remove();
+    }
+}
+
+#[test]
+fn an_exec_that_is_killed_leaves_nothing() {
+    let node = Node::start();
+    for handler in RUNTIMES {
+        let pod = run(&node, handler);
+        let container = pod.start(&["sleep", "1000"]);
+        let error = container.try_exec(&["sh", "-c", "sleep 999 & sleep 998"], 1);
+        assert_eq!(
+            error.unwrap_err().code(),
+            Code::DeadlineExceeded,
+            "{handler}"
+        );
+        eventually("only the container's own process is left", || {
+            (container.pids().len() == 1).then_some(())
+        });
+        pod.remove();
+    }
+}
+
+#[test]
+fn what_it_cannot_do_is_refused_and_unknown_handlers_are_named() {
+    let node = Node::start();
+    let error = node
+        .try_run_by("kata", node.pod_config("web"))
+        .err()
+        .unwrap();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().contains("kata"), "{error}");
+    let mut config = node.pod_config("web");
+    let security = config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default();
+    let map = |host| cri::IdMapping {
+        host_id: host,
+        container_id: 0,
+        length: 65536,
+    };
+    security
+        .namespace_options
+        .get_or_insert_default()
+        .userns_options = Some(cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod.into(),
+        uids: vec![map(200_000)],
+        gids: vec![map(200_000)],
+    });
+    let error = node.try_run_by("runc", config).err().unwrap();
+    assert!(error.message().contains("runc"), "{error}");
+}
+
+#[test]
+fn a_configured_runtime_gets_its_options_annotations_and_base_spec() {
+    let dir = tempfile::tempdir().unwrap();
+    let seen = dir.path().join("seen");
+    let path = wrapper(
+        dir.path(),
+        &format!(
+            "for word; do [ $word = create ] && cp config.json {}; done",
+            seen.display()
+        ),
+    );
+    let base = dir.path().join("base.json");
+    fs::write(
+        &base,
+        json!({"linux": {"sysctl": {"net.core.somaxconn": "77"}}}).to_string(),
+    )
+    .unwrap();
+    let config = format!(
+        "[handlers.special]\npath = {path:?}\nroot = {root:?}\nannotations = [\"told/*\"]\nbase_spec = {base:?}\n",
+        root = dir.path().join("root"),
+    );
+    let node = Node::options().config(&config).start();
+    let mut config = node.pod_config("web");
+    config.annotations.insert("told/yes".into(), "1".into());
+    config.annotations.insert("other".into(), "2".into());
+    let pod = node.try_run_by("special", config).unwrap();
+    let answer = pod.output(&["cat", "/proc/sys/net/core/somaxconn"]);
+    assert_eq!(answer.trim(), "77");
+    let spec: Value = serde_json::from_str(&fs::read_to_string(&seen).unwrap()).unwrap();
+    assert_eq!(spec["annotations"]["told/yes"], "1");
+    assert_eq!(spec["annotations"].get("other"), None);
+    assert_eq!(
+        spec["annotations"]["io.kubernetes.cri.container-type"],
+        "container"
+    );
+    assert!(
+        spec["linux"]["seccomp"].is_null(),
+        "nobody asked for a profile"
+    );
+    pod.remove();
+}
+
+#[test]
+fn a_runtime_that_fails_is_quoted_and_nothing_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = "for word; do [ $word = start ] && { echo '{\"level\":\"error\",\"msg\":\"no wind today\"}' > \
+        \"$4\"; exit 1; }; done";
+    let path = wrapper(dir.path(), before);
+    let node = Node::options()
+        .config(&format!("[handlers.moody]\npath = {path:?}\n"))
+        .start();
+    let pod = run(&node, "moody");
+    let container = pod.create(pod.container(&["true"]));
+    let error = container.start().expect_err("the runtime refuses");
+    assert!(error.message().contains("no wind today"), "{error}");
+    assert_eq!(container.pids(), Vec::<i32>::new());
+    pod.remove();
+}
