@@ -7,10 +7,9 @@ use rustix::process::{Resource, getrlimit};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-/// The oldest kernel whose mount calls Berth stands on (open_tree, move_mount,
-/// mount_setattr, and `lowerdir+` for overlays of many layers).
-/// Source: the man pages of those calls; Linux 6.5, `overlayfs.rst`.
-const OLDEST_KERNEL: (u32, u32) = (6, 5);
+/// The oldest kernel that Berth is made for: mount_setattr(2) came with 5.12 and
+/// cgroup.kill with 5.14. What newer ones have is used where it is there.
+const OLDEST_KERNEL: (u32, u32) = (5, 15);
 
 /// Free space below which pulls soon fail. Unit: bytes.
 const LITTLE_SPACE: u64 = 2 << 30;
@@ -34,7 +33,7 @@ pub fn kernel(_: &Node<'_>) -> Vec<Finding> {
     let mut findings = vec![match parse_release(&release) {
         Some(version) if version < OLDEST_KERNEL => Finding::problem(
             SUBJECT,
-            format!("{release} is older than 6.5"),
+            format!("{release} is older than 5.15"),
             "boot a newer one",
         ),
         Some(_) => Finding::good(SUBJECT, release),
@@ -191,6 +190,6 @@ mod tests {
         assert_eq!(parse_release("6.12.30+deb12-amd64"), Some((6, 12)));
         assert_eq!(parse_release("7.0-rc1"), Some((7, 0)));
         assert_eq!(parse_release("linux"), None);
-        assert!(parse_release("6.4.1").unwrap() < OLDEST_KERNEL);
+        assert!(parse_release("5.4.1").unwrap() < OLDEST_KERNEL);
     }
 }
