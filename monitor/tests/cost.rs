@@ -145,7 +145,7 @@ fn an_idle_monitor_is_small() {
 fn logging_takes_a_few_milliseconds_a_mebibyte() {
     const MIB: usize = 64;
     let rig = Rig::start();
-    let mut line = vec![b'x'; 100];
+    let mut line = [b'x'; 100];
     line[99] = b'\n';
     let lines = line.repeat((MIB << 20) / line.len());
     std::fs::write(rig.root().join("lines"), &lines).unwrap();
