@@ -1,8 +1,8 @@
 //! Status: whether pods can run here, and what the handlers can do.
 
 use crate::daemon::Daemon;
-use berth_sandbox::handler::BUILT_IN;
 use berth_proto::runtime_v1 as cri;
+use berth_sandbox::handler::BUILT_IN;
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -50,11 +50,12 @@ pub async fn status(
             user_namespaces,
         }),
     };
-    let built_in = BUILT_IN.iter().map(|name| handler(name, true, user_namespaces));
+    let built_in = BUILT_IN
+        .iter()
+        .map(|name| handler(name, true, user_namespaces));
     let runtimes = daemon.facts.handlers.oci_runtimes();
-    let foreign = runtimes.map(|(name, runtime)| {
-        handler(name, runtime.features.recursive_read_only_mounts, false)
-    });
+    let foreign = runtimes
+        .map(|(name, runtime)| handler(name, runtime.features.recursive_read_only_mounts, false));
     Ok(cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,
