@@ -230,15 +230,13 @@ fn serve_one(mut stream: TcpStream) -> io::Result<()> {
             stream.peek(&mut what)?;
             Ok(())
         }
-        b's' => {
-            stream.set_nonblocking(true)?;
-            loop {
-                match stream.peek(&mut what) {
-                    Err(err) if err.kind() != io::ErrorKind::WouldBlock => return Err(err),
-                    _ => thread::sleep(Duration::from_millis(20)),
-                }
+        b's' => loop {
+            // Reading would find what waits to be read first.
+            if let Some(err) = stream.take_error()? {
+                return Err(err);
             }
-        }
+            thread::sleep(Duration::from_millis(20));
+        },
         b'x' => {
             let mut length = [0; 8];
             stream.read_exact(&mut length)?;
