@@ -3,6 +3,7 @@
 pub mod chunks;
 mod container_stats;
 mod attach;
+mod checkpoint_container;
 mod container_status;
 mod create_container;
 mod exec;
@@ -388,12 +389,13 @@ impl RuntimeService for Runtime {
 
     async fn checkpoint_container(
         &self,
-        _request: Request<cri::CheckpointContainerRequest>,
+        request: Request<cri::CheckpointContainerRequest>,
     ) -> Result<Response<cri::CheckpointContainerResponse>, Status> {
-        later!(
+        work!(
             self,
             "CheckpointContainer",
-            cri::CheckpointContainerResponse
+            request,
+            checkpoint_container::checkpoint_container
         )
     }
 

@@ -86,11 +86,11 @@ fn a_call_that_comes_later_is_unimplemented_and_names_itself() {
     let err = node
         .wait(
             node.runtime()
-                .checkpoint_container(cri::CheckpointContainerRequest::default()),
+                .checkpoint_pod(cri::CheckpointPodRequest::default()),
         )
         .unwrap_err();
     assert_eq!(err.code(), Code::Unimplemented);
-    assert!(err.message().contains("CheckpointContainer"), "{err}");
+    assert!(err.message().contains("CheckpointPod"), "{err}");
     let err = node
         .wait(
             node.runtime()
@@ -99,6 +99,38 @@ fn a_call_that_comes_later_is_unimplemented_and_names_itself() {
         .unwrap_err();
     assert_eq!(err.code(), Code::Unimplemented);
     assert!(err.message().contains("RestorePod"), "{err}");
+}
+
+#[test]
+fn a_checkpoint_says_what_is_missing_for_it() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let container = pod.create(pod.container(&["sleep", "1000"]));
+    let checkpoint = |location: &str| {
+        let request = cri::CheckpointContainerRequest {
+            container_id: container.id.clone(),
+            location: location.into(),
+            ..Default::default()
+        };
+        let asked = node.runtime().checkpoint_container(request);
+        node.wait(asked).expect_err("no checkpoint is made")
+    };
+    let idle = checkpoint("/tmp/checkpoint.tar");
+    assert_eq!(idle.code(), Code::FailedPrecondition, "{idle}");
+    assert!(idle.message().contains("does not run"), "{idle}");
+    container.start().unwrap();
+    assert_eq!(checkpoint("checkpoint.tar").code(), Code::InvalidArgument);
+    let missing = checkpoint("/tmp/checkpoint.tar");
+    let installed = std::process::Command::new("criu").arg("check").output();
+    if installed.is_ok_and(|output| output.status.success()) {
+        assert_eq!(missing.code(), Code::Unimplemented, "{missing}");
+    } else {
+        assert_eq!(missing.code(), Code::FailedPrecondition, "{missing}");
+        assert!(
+            missing.message().to_lowercase().contains("criu"),
+            "{missing}"
+        );
+    }
 }
 
 #[test]
