@@ -402,7 +402,11 @@ fn convert(path: &Path, raw: RawRequirement) -> Result<Requirement, PolicyError>
                 )));
             }
             let mut keys = Vec::new();
-            for file in raw.key_path.into_iter().chain(raw.key_paths.unwrap_or_default()) {
+            for file in raw
+                .key_path
+                .into_iter()
+                .chain(raw.key_paths.unwrap_or_default())
+            {
                 let failed = |why: String| PolicyError::Key {
                     path: file.clone(),
                     why,
@@ -411,12 +415,17 @@ fn convert(path: &Path, raw: RawRequirement) -> Result<Requirement, PolicyError>
                     bounded(&file, MAX_KEY_BYTES).map_err(|error| failed(error.to_string()))?;
                 keys.push(PublicKey::from_pem(&text).map_err(|bad| failed(bad.to_string()))?);
             }
-            for data in raw.key_data.into_iter().chain(raw.key_datas.unwrap_or_default()) {
+            for data in raw
+                .key_data
+                .into_iter()
+                .chain(raw.key_datas.unwrap_or_default())
+            {
                 let failed = |why: String| PolicyError::Key {
                     path: path.into(),
                     why,
                 };
-                let text = key::base64(&data).ok_or_else(|| failed("keyData is not base64".into()))?;
+                let text =
+                    key::base64(&data).ok_or_else(|| failed("keyData is not base64".into()))?;
                 keys.push(PublicKey::from_pem(&text).map_err(|bad| failed(bad.to_string()))?);
             }
             if keys.is_empty() {
@@ -504,7 +513,11 @@ mod tests {
             assert_eq!(verdict.is_ok(), accepted, "{name}");
         }
         assert!(!policy.accepts_everything());
-        assert!(policy.summary().contains("nothing else"), "{}", policy.summary());
+        assert!(
+            policy.summary().contains("nothing else"),
+            "{}",
+            policy.summary()
+        );
         let nobody = Policy::load(Some(Path::new("/nonexistent/policy.json"))).unwrap();
         assert!(nobody.accepts_everything());
         assert!(nobody.summary().starts_with("no policy"));
@@ -516,11 +529,26 @@ mod tests {
             ("", "cannot be used"),
             ("{}", "default"),
             (r#"{"default": []}"#, "no requirement"),
-            (r#"{"default": [{"type": "reject"}], "defualt": []}"#, "defualt"),
-            (r#"{"default": [{"type": "signedBy", "keyType": "GPGKeys"}]}"#, "signedBy"),
-            (r#"{"default": [{"type": "reject", "keyPath": "/k"}]}"#, "no keys"),
-            (r#"{"default": [{"type": "sigstoreSigned"}]}"#, "names no key"),
-            (r#"{"default": [{"type": "sigstoreSigned", "fulcio": {}}]}"#, "fulcio"),
+            (
+                r#"{"default": [{"type": "reject"}], "defualt": []}"#,
+                "defualt",
+            ),
+            (
+                r#"{"default": [{"type": "signedBy", "keyType": "GPGKeys"}]}"#,
+                "signedBy",
+            ),
+            (
+                r#"{"default": [{"type": "reject", "keyPath": "/k"}]}"#,
+                "no keys",
+            ),
+            (
+                r#"{"default": [{"type": "sigstoreSigned"}]}"#,
+                "names no key",
+            ),
+            (
+                r#"{"default": [{"type": "sigstoreSigned", "fulcio": {}}]}"#,
+                "fulcio",
+            ),
             (
                 r#"{"default": [{"type": "sigstoreSigned", "keyPath": "/nonexistent/k"}]}"#,
                 "/nonexistent/k",

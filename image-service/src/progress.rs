@@ -2,8 +2,8 @@
 
 use crate::digest::Digest;
 use arc_swap::ArcSwap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What a pull is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

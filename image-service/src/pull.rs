@@ -242,7 +242,9 @@ impl Job {
         }
         let hosts = self.registry.pullers();
         self.first_of(hosts, what, |turn| async move {
-            let found = self.document_at(turn, what, digest, size, is_manifest).await?;
+            let found = self
+                .document_at(turn, what, digest, size, is_manifest)
+                .await?;
             self.keep(digest, found.0.clone()).await?;
             Ok(found)
         })
