@@ -1,8 +1,8 @@
 //! How fast a container's output gets into its log, and what that costs.
 //!
 //! A container copies a file of equal lines to its stdout; the time is from the
-//! moment the first byte is in the log until the last line is. The CPU is what
-//! the runtime's own processes took meanwhile.
+//! answer to StartContainer until the last line is in the log. The CPU is what
+//! the runtime's own processes took, the start included.
 
 use super::{Runtime, Times, pod_config, run_pod_as};
 use anyhow::{Context as _, Result, bail};
