@@ -46,7 +46,9 @@ impl PodNamespaces {
             (Kind::Uts, &self.uts),
             (Kind::Pid, &self.pid),
         ];
-        let held = all.into_iter().filter_map(|(kind, fd)| Some((kind, fd.as_ref()?)));
+        let held = all
+            .into_iter()
+            .filter_map(|(kind, fd)| Some((kind, fd.as_ref()?)));
         held.map(|(kind, fd)| proto::HeldNamespace {
             kind: kind.name().to_owned(),
             fd: fd.as_raw_fd(),
