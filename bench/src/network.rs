@@ -349,7 +349,16 @@ impl Server {
 
 /// Gbit per second between two pods, by iperf3.
 fn send(from: &Netns, to: &str, seconds: u32) -> Result<f64> {
-    let text = from.sh(&format!("iperf3 --json --client {to} --time {seconds}"))?;
+    let script = format!("iperf3 --json --client {to} --time {seconds}");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let text = loop {
+        match from.sh(&script) {
+            Ok(text) => break text,
+            // The server is not done yet with the run before.
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    };
     let report: Value = serde_json::from_str(&text)?;
     let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.context("iperf3 does not say how fast it was")? / 1e9)
