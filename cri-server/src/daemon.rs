@@ -25,6 +25,10 @@ pub struct Daemon {
 
 impl Daemon {
     /// A daemon of these parts.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "called once; these are the parts"
+    )]
     pub fn new(
         config: Config,
         places: Places,

@@ -271,6 +271,10 @@ impl Streaming {
         })
     }
 
+    #[allow(
+        clippy::result_large_err,
+        reason = "both are answers, made once per request"
+    )]
     fn answer(
         &self,
         request: &Request<Incoming>,

@@ -262,7 +262,7 @@ impl Shared {
         opened: &mpsc::UnboundedSender<Stream>,
     ) {
         let mut streams = lock(&self.streams);
-        let refusal = if id % 2 == 0 || id <= streams.last {
+        let refusal = if id.is_multiple_of(2) || id <= streams.last {
             Some(Reset::Protocol)
         } else if streams.open.len() >= MAX_STREAMS {
             Some(Reset::Refused)
