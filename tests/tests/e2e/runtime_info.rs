@@ -112,8 +112,8 @@ fn a_checkpoint_says_what_is_missing_for_it() {
             location: location.into(),
             ..Default::default()
         };
-        let asked = node.runtime().checkpoint_container(request);
-        node.wait(asked).expect_err("no checkpoint is made")
+        node.wait(node.runtime().checkpoint_container(request))
+            .expect_err("no checkpoint is made")
     };
     let idle = checkpoint("/tmp/checkpoint.tar");
     assert_eq!(idle.code(), Code::FailedPrecondition, "{idle}");
