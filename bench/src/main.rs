@@ -370,7 +370,10 @@ fn report(runtimes: &[Runtime], all: &[Vec<Times>]) {
                 .collect()
         })
         .collect();
-    println!("medians of {} rounds, in ms where nothing else is said", all[0].len());
+    println!(
+        "medians of {} rounds, in ms where nothing else is said",
+        all[0].len()
+    );
     for (runtime, medians) in runtimes.iter().zip(&medians) {
         println!("\n{}", runtime.name);
         for (name, value) in medians {

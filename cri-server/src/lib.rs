@@ -23,8 +23,8 @@ mod rpc;
 mod runtime;
 mod serve;
 mod socket;
-mod writable;
 mod streaming;
 pub mod wire;
+mod writable;
 
 pub use commands::main;

@@ -215,8 +215,7 @@ async fn open(
     };
     let handlers = handlers(&config, &places);
     let facts = NodeFacts::detect(unset_seccomp, handlers.clone());
-    let cgroups =
-        cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
+    let cgroups = cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
     let network = Arc::new(
         network::Network::open(network_settings(&config, &places))
             .map_err(|error| ServeError::Network(Box::new(error)))?,

@@ -429,9 +429,17 @@ impl ImageService {
     /// [`SnapshotError`].
     pub fn remove_container(&self, container_id: &str) -> Result<(), SnapshotError> {
         // One that cannot be read is removed all the same.
-        let layers = self.0.snapshots.all_layers(container_id).unwrap_or_default();
+        let layers = self
+            .0
+            .snapshots
+            .all_layers(container_id)
+            .unwrap_or_default();
         self.0.snapshots.remove(container_id)?;
-        if layers.iter().flatten().any(|layer| self.is_left_over(layer)) {
+        if layers
+            .iter()
+            .flatten()
+            .any(|layer| self.is_left_over(layer))
+        {
             self.collect_soon();
         }
         Ok(())

@@ -649,12 +649,8 @@ impl Overlay<'_> {
     fn empty_view(&self, attributes: MountAttrFlags) -> Result<OwnedFd, SnapshotError> {
         let path = self.store.dir().join(Store::EMPTY_PATH);
         let open = || {
-            let empty = rustix::fs::openat(
-                self.base,
-                Store::EMPTY_PATH,
-                OPEN_DIRECTORY,
-                Mode::empty(),
-            )?;
+            let empty =
+                rustix::fs::openat(self.base, Store::EMPTY_PATH, OPEN_DIRECTORY, Mode::empty())?;
             let mount = berth_sys::mount::clone_tree_at(&empty, false)?;
             let change = berth_sys::mount::Change {
                 set: attributes.bits().into(),

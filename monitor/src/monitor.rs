@@ -19,8 +19,8 @@ mod connections;
 mod endings;
 mod execs;
 mod launch;
-mod ooms;
 mod logs;
+mod ooms;
 
 use logs::LoggerProcess;
 

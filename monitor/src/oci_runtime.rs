@@ -61,7 +61,10 @@ impl Driver<'_> {
     pub fn keep(&self) -> Vec<RawFd> {
         let streams = self.streams.iter().flatten().map(|fd| fd.as_raw_fd());
         let gate = self.gate.map(AsRawFd::as_raw_fd);
-        streams.chain(gate).chain([self.status.as_raw_fd()]).collect()
+        streams
+            .chain(gate)
+            .chain([self.status.as_raw_fd()])
+            .collect()
     }
 
     /// Creates and starts the container; the driver's exit code.
@@ -170,14 +173,21 @@ impl Driver<'_> {
         };
         let failed = |error: &std::io::Error| io("take the console", name, error);
         // It has connected and sent before it ended, or never will.
-        listener.set_nonblocking(true).map_err(|error| failed(&error))?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|error| failed(&error))?;
         let (connection, _) = listener.accept().map_err(|error| failed(&error))?;
         let mut bytes = [0; 4096];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut bytes)];
-        rustix::net::recvmsg(&connection, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
-            .step("take the console", name)?;
+        rustix::net::recvmsg(
+            &connection,
+            &mut parts,
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+        .step("take the console", name)?;
         let fds = control.drain().find_map(|item| match item {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
             _ => None,
@@ -200,7 +210,8 @@ impl Driver<'_> {
     /// Tells the monitor the pid that the runtime wrote down, and waits until it
     /// holds that process.
     fn introduce(&self, pid_file: &str) -> Result<(), Failed> {
-        let text = std::fs::read_to_string(pid_file).map_err(|error| io("read", pid_file, &error))?;
+        let text =
+            std::fs::read_to_string(pid_file).map_err(|error| io("read", pid_file, &error))?;
         let pid = text.trim().parse().ok().filter(|pid| *pid > 0);
         let pid = pid.ok_or_else(|| Failed::invalid("read", format!("{pid_file}: {text:?}")))?;
         status::send(self.status, &Note::Process(pid)).step("report", "pid")?;

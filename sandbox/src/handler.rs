@@ -127,10 +127,7 @@ impl OciRuntime {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
-        let streams = [
-            child.stdout.take().map(|pipe| read(pipe)),
-            child.stderr.take().map(|pipe| read(pipe)),
-        ];
+        let streams = [child.stdout.take().map(read), child.stderr.take().map(read)];
         let until = Instant::now() + PATIENCE;
         let ended = loop {
             match child.try_wait().map_err(failed)? {
@@ -167,10 +164,12 @@ impl OciRuntime {
 
     /// Whether the runtime is told of the annotation.
     pub fn is_told(&self, key: &str) -> bool {
-        self.annotations.iter().any(|told| match told.strip_suffix('*') {
-            Some(beginning) => key.starts_with(beginning),
-            None => key == told,
-        })
+        self.annotations
+            .iter()
+            .any(|told| match told.strip_suffix('*') {
+                Some(beginning) => key.starts_with(beginning),
+                None => key == told,
+            })
     }
 }
 
@@ -235,7 +234,9 @@ impl Handlers {
 
     /// The OCI runtimes by name.
     pub fn oci_runtimes(&self) -> impl Iterator<Item = (&str, &OciRuntime)> {
-        self.0.iter().map(|(name, runtime)| (name.as_str(), runtime))
+        self.0
+            .iter()
+            .map(|(name, runtime)| (name.as_str(), runtime))
     }
 }
 
@@ -279,7 +280,9 @@ mod tests {
         std::fs::create_dir_all(dir.path().join("root/a")).unwrap();
         let error = runtime("echo no way >&2; exit 1").delete("a").unwrap_err();
         assert!(error.to_string().ends_with("delete: no way"), "{error}");
-        runtime("echo container does not exist >&2; exit 1").delete("a").unwrap();
+        runtime("echo container does not exist >&2; exit 1")
+            .delete("a")
+            .unwrap();
         runtime("exit 1").delete("b").unwrap();
         let missing = OciRuntime {
             path: "/no/such/runtime".into(),

@@ -14,7 +14,10 @@ mod streaming;
 
 pub use layout::{Layout, Overrides, Places};
 pub use sections::Config;
-pub use setting::{CgroupDriver, DefaultNetwork, Fallback, LogFormat, LogLevel, LogsOnFull, PrimaryFamily, UnsetSeccomp};
+pub use setting::{
+    CgroupDriver, DefaultNetwork, Fallback, LogFormat, LogLevel, LogsOnFull, PrimaryFamily,
+    UnsetSeccomp,
+};
 
 use sections::{Handler, Refusal, Section};
 use std::fmt::Write as _;
@@ -170,7 +173,10 @@ impl Config {
         let images = &self.images;
         for (key, value) in [
             ("images.max_parallel_pulls", images.max_parallel_pulls),
-            ("images.max_parallel_downloads", images.max_parallel_downloads),
+            (
+                "images.max_parallel_downloads",
+                images.max_parallel_downloads,
+            ),
             ("images.max_parallel_layers", images.max_parallel_layers),
         ] {
             if value == 0 {
@@ -528,7 +534,10 @@ mod tests {
             ("[cgroup]\nparent = \"/a/../b\"", "cgroup.parent"),
             ("[streaming]\naddress = \"localhost\"", "streaming.address"),
             ("[streaming]\ntls_key = \"/k\"", "streaming.tls_certificate"),
-            ("[streaming]\ntls_client_ca = \"/c\"", "streaming.tls_client_ca"),
+            (
+                "[streaming]\ntls_client_ca = \"/c\"",
+                "streaming.tls_client_ca",
+            ),
             (
                 "[streaming]\nidle_timeout_seconds = 0",
                 "streaming.idle_timeout_seconds",

@@ -88,6 +88,9 @@ impl Setting for PathBuf {
     }
 }
 
+/// Longest list on the line of its key; longer ones have lines of their own.
+const LONGEST_LIST: usize = 80;
+
 impl<T: Setting> Setting for Vec<T> {
     fn wanted() -> String {
         format!("an array, each item {}", T::wanted())
@@ -101,7 +104,16 @@ impl<T: Setting> Setting for Vec<T> {
     }
     fn write(&self) -> String {
         let items: Vec<_> = self.iter().map(T::write).collect();
-        format!("[{}]", items.join(", "))
+        let line = items.join(", ");
+        if line.len() <= LONGEST_LIST {
+            return format!("[{line}]");
+        }
+        // Several a line, as TOML allows.
+        let mut text = String::from("[");
+        for some in items.chunks(6) {
+            text.push_str(&format!("\n    {},", some.join(", ")));
+        }
+        text + "\n]"
     }
 }
 

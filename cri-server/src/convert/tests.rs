@@ -730,7 +730,10 @@ fn image_mounts_are_checked() {
         })
     };
     let mounts = image(|_| {}).unwrap().mounts;
-    assert_eq!(mounts[0].image.as_ref().unwrap().image, "registry.test/data");
+    assert_eq!(
+        mounts[0].image.as_ref().unwrap().image,
+        "registry.test/data"
+    );
     invalid(
         image(|m| m.host_path = "/srv".into()),
         "config.mounts[0].host_path",
@@ -773,7 +776,10 @@ fn devices_are_checked() {
     }
     let cdi =
         |name: &str| container_with(|c| c.cdi_devices = vec![cri::CdiDevice { name: name.into() }]);
-    assert_eq!(cdi("vendor.com/gpu=0").unwrap().cdi_devices, ["vendor.com/gpu=0"]);
+    assert_eq!(
+        cdi("vendor.com/gpu=0").unwrap().cdi_devices,
+        ["vendor.com/gpu=0"]
+    );
     for bad in [
         "",
         "gpu",

@@ -1,9 +1,9 @@
 //! The CRI RuntimeService: one file per verb.
 
-pub mod chunks;
-mod container_stats;
 mod attach;
 mod checkpoint_container;
+pub mod chunks;
+mod container_stats;
 mod container_status;
 mod create_container;
 mod exec;
@@ -16,9 +16,9 @@ mod list_pod_sandbox;
 mod pod_sandbox_metrics;
 mod pod_sandbox_stats;
 mod pod_sandbox_status;
+mod port_forward;
 mod remove_container;
 mod remove_pod_sandbox;
-mod port_forward;
 mod reopen_container_log;
 mod run_pod_sandbox;
 mod runtime_config;

@@ -313,7 +313,7 @@ mod tests {
         let hello = data(true, true, b"Hello");
         assert_eq!(
             events(Decoder::client(), b"\x81\x05Hello").unwrap(),
-            [hello.clone()]
+            std::slice::from_ref(&hello)
         );
         let masked = [
             0x81, 0x85, 0x37, 0xfa, 0x21, 0x3d, 0x7f, 0x9f, 0x4d, 0x51, 0x58,

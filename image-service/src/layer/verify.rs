@@ -226,7 +226,10 @@ impl Store {
     /// # Errors
     /// Where what was kept cannot be read.
     pub fn archive_bytes(&self, id: &LayerId) -> io::Result<Option<u64>> {
-        if self.info(id).is_none_or(|info| info.recipe != Recipe::Archive) {
+        if self
+            .info(id)
+            .is_none_or(|info| info.recipe != Recipe::Archive)
+        {
             return Ok(None);
         }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

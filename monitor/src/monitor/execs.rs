@@ -236,5 +236,7 @@ fn drive_exec(
         tty: process.is_some_and(|process| process.tty),
         size: process.map_or((0, 0), |process| (process.tty_width, process.tty_height)),
     };
-    fork_driver(&driver, |driver| driver.exec(&exec.exec_id, &exec.oci_process))
+    fork_driver(&driver, |driver| {
+        driver.exec(&exec.exec_id, &exec.oci_process)
+    })
 }

@@ -35,7 +35,10 @@ impl Compiler {
         }
         value["syscalls"] = Value::Array(decided);
         let architectures = self.architectures(&profile)?;
-        value["architectures"] = architectures.iter().map(|arch| json!(arch.profile_name())).collect();
+        value["architectures"] = architectures
+            .iter()
+            .map(|arch| json!(arch.profile_name()))
+            .collect();
         if let Some(object) = value.as_object_mut() {
             object.retain(|key, value| {
                 let known = [

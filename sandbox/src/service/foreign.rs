@@ -81,7 +81,10 @@ impl Inner {
     }
 
     fn bundle(&self, container: &ContainerRecord) -> PathBuf {
-        self.settings.run.join("bundles").join(container.id.as_str())
+        self.settings
+            .run
+            .join("bundles")
+            .join(container.id.as_str())
     }
 
     /// What the monitor is told of the runtime; `None` for the built-in launcher.
@@ -98,7 +101,8 @@ impl Inner {
             return Ok(None);
         };
         if monitor.hello.features & feature::OCI_RUNTIME == 0 {
-            let text = "the pod's monitor is of an earlier version: it knows the built-in handler only";
+            let text =
+                "the pod's monitor is of an earlier version: it knows the built-in handler only";
             return Err(SandboxError::new(Kind::Unsupported, text));
         }
         let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -140,14 +144,23 @@ impl Inner {
         };
         let failed = || format!("cannot make the bundle of container {}", container.id);
         let (mut spec, raw_env) = self.runtime_spec(container)?;
-        if let Some(variable) = raw_env.iter().find(|entry| std::str::from_utf8(entry).is_err()) {
+        if let Some(variable) = raw_env
+            .iter()
+            .find(|entry| std::str::from_utf8(entry).is_err())
+        {
             let name = String::from_utf8_lossy(variable).into_owned();
-            let text = format!("the environment variable {name:?} is not UTF-8, as an OCI runtime wants");
+            let text =
+                format!("the environment variable {name:?} is not UTF-8, as an OCI runtime wants");
             return Err(SandboxError::new(Kind::Invalid, text));
         }
         self.clear_bundle(container).map_err(internal(failed()))?;
         let dir = self.bundle(container);
-        let make = |path: &Path| fs::DirBuilder::new().recursive(true).mode(0o711).create(path);
+        let make = |path: &Path| {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o711)
+                .create(path)
+        };
         make(&dir.join("rootfs")).map_err(internal(failed()))?;
         fs::create_dir_all(&runtime.root).map_err(internal(failed()))?;
 
@@ -215,8 +228,9 @@ impl Inner {
         let profile = match &security.seccomp {
             SeccompProfile::Unconfined => return Ok(()),
             SeccompProfile::RuntimeDefault => self.seccomp.oci_default(caps),
-            SeccompProfile::Localhost(path) => seccomp::Compiler::read(path)
-                .and_then(|json| self.seccomp.oci(&json, caps)),
+            SeccompProfile::Localhost(path) => {
+                seccomp::Compiler::read(path).and_then(|json| self.seccomp.oci(&json, caps))
+            }
         };
         let profile = profile.map_err(invalid("cannot use the seccomp profile"))?;
         if let Some(linux) = spec.linux_mut() {
@@ -249,13 +263,20 @@ impl Inner {
         if !self.bundle(container).exists() {
             return Ok(());
         }
-        let text = || format!("cannot have the runtime of container {} forget it", container.id);
+        let text = || {
+            format!(
+                "cannot have the runtime of container {} forget it",
+                container.id
+            )
+        };
         let view = self.objects.view();
         let runtime = view
             .pod(container.pod.as_str())
             .and_then(|pod| self.settings.handlers.oci(&pod.spec.runtime_handler));
         if let Some(runtime) = runtime {
-            runtime.delete(container.id.as_str()).map_err(internal(text()))?;
+            runtime
+                .delete(container.id.as_str())
+                .map_err(internal(text()))?;
         }
         self.clear_bundle(container).map_err(internal(text()))
     }
@@ -289,9 +310,10 @@ impl Inner {
 /// # Errors
 /// The spec has no process.
 pub(super) fn exec_process(spec: &Spec, command: &[String], tty: bool) -> Result<String> {
-    let process = spec.process().as_ref().ok_or_else(|| {
-        SandboxError::new(Kind::Internal, "the container's spec has no process")
-    })?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| SandboxError::new(Kind::Internal, "the container's spec has no process"))?;
     let mut process = process.clone();
     process
         .set_args(Some(command.to_vec()))
@@ -338,7 +360,10 @@ fn attach(what: &OwnedFd, place: &Path) -> io::Result<()> {
 /// Has the mount at `target` come from `source`.
 fn set_source(spec: &mut Spec, target: &Path, source: PathBuf) {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for mount in mounts.iter_mut().filter(|mount| mount.destination() == target) {
+    for mount in mounts
+        .iter_mut()
+        .filter(|mount| mount.destination() == target)
+    {
         mount.set_source(Some(source.clone()));
     }
     spec.set_mounts(Some(mounts));
@@ -364,7 +389,8 @@ fn with_base(spec: &Spec, base: Option<&Path>) -> io::Result<String> {
     let Some(path) = base else {
         return Ok(ours.to_string());
     };
-    let name = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let name =
+        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
     if fs::metadata(path).map_err(name)?.len() > MOST_BASE_SPEC {
         return Err(name(io::Error::other("too large for a base spec")));
     }

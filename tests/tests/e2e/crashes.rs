@@ -122,20 +122,23 @@ fn start_container_survives_a_crash_anywhere() {
 
 #[test]
 fn stop_pod_sandbox_survives_a_crash_anywhere() {
-    sweep(&["stop_pod.", "stop_container.", "network"], |node, point| {
-        let pod = node.run_pod("web");
-        let container = pod.start(&["sleep", "1000"]);
-        crash(node, point, || _ = pod.try_stop());
-        pod.try_stop()
-            .unwrap_or_else(|err| panic!("crash at {point}: {err}"));
-        assert!(!pod.is_ready(), "crash at {point}");
-        assert_eq!(
-            container.state(),
-            ContainerState::ContainerExited,
-            "crash at {point}"
-        );
-        pod.remove();
-    });
+    sweep(
+        &["stop_pod.", "stop_container.", "network"],
+        |node, point| {
+            let pod = node.run_pod("web");
+            let container = pod.start(&["sleep", "1000"]);
+            crash(node, point, || _ = pod.try_stop());
+            pod.try_stop()
+                .unwrap_or_else(|err| panic!("crash at {point}: {err}"));
+            assert!(!pod.is_ready(), "crash at {point}");
+            assert_eq!(
+                container.state(),
+                ContainerState::ContainerExited,
+                "crash at {point}"
+            );
+            pod.remove();
+        },
+    );
 }
 
 #[test]
