@@ -439,7 +439,7 @@ mod tests {
     fn a_base_that_is_no_spec_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base.json");
-        fs::write(&path, r#"{"linux": 3}"#).unwrap();
+        fs::write(&path, r#"{"hooks": 3}"#).unwrap();
         let error = with_base(&Spec::default(), Some(&path)).unwrap_err();
         assert!(error.to_string().contains("base.json"), "{error}");
         fs::write(&path, r#"{"hooks":{"poststop":[{"path":"/bin/true"}]}}"#).unwrap();

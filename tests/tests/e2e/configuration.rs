@@ -1,6 +1,6 @@
 //! The configuration file: what it says by default, what it refuses.
 
-use berth_tests::{Node, binaries};
+use berth_tests::{Node, binaries, eventually};
 use std::process::{Command, Output};
 
 fn berth(args: &[&str]) -> Output {
@@ -94,12 +94,13 @@ fn a_file_in_conf_d_changes_one_key() {
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("10-level.toml"), "[log]\nformat = \"json\"\n").unwrap();
     node.start_daemon();
-    let log = node.log();
-    let first = log
-        .lines()
-        .find(|line| line.starts_with('{'))
-        .unwrap_or_else(|| panic!("{log}"));
-    serde_json::from_str::<serde_json::Value>(first).unwrap();
+    // It serves before it says so.
+    let first = eventually("the daemon logs JSON", || {
+        let log = node.log();
+        let mut lines = log.lines().map(str::to_owned);
+        lines.find(|line| line.starts_with('{') && line.ends_with('}'))
+    });
+    serde_json::from_str::<serde_json::Value>(&first).unwrap();
 }
 
 #[test]

@@ -111,10 +111,12 @@ fn annotations_limit_a_pods_bandwidth() {
         );
     }
     let pod = node.run(config);
-    let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
-    for rate in ["rate 10Mbit", "rate 20Mbit"] {
-        assert!(qdiscs.contains(rate), "{qdiscs}");
-    }
+    // A dump may leave out what has only just come.
+    eventually("both directions have their rate", || {
+        let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
+        let both = ["rate 10Mbit", "rate 20Mbit"];
+        both.iter().all(|rate| qdiscs.contains(rate)).then_some(())
+    });
     pod.remove();
     let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
     assert!(!qdiscs.contains("tbf"), "{qdiscs}");
