@@ -79,11 +79,23 @@ fn names(text: &str) -> impl Iterator<Item = &str> {
         .filter_map(|line| line.rsplit_once(" (").map(|(name, _)| name))
 }
 
+/// What the profile has opinions on, where the parser knows that list: without
+/// it a newer kernel's user namespaces would be refused for want of a rule that
+/// an older parser cannot read.
+const ABI: &str = "abi <abi/3.0>,\n";
+
 /// Loads our own profile, also over one that is there.
 ///
 /// # Errors
 /// `Parser` where there is no apparmor_parser, `Refused` with what it said.
 pub fn load_default() -> Result<(), AppArmorError> {
+    match load(&format!("{ABI}{DEFAULT_TEXT}")) {
+        Err(AppArmorError::Refused { .. }) => load(DEFAULT_TEXT),
+        other => other,
+    }
+}
+
+fn load(text: &str) -> Result<(), AppArmorError> {
     // In a service's PATH the directories of administration may be missing.
     const PATH: &str = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin";
     let mut parser = Command::new("apparmor_parser")
@@ -96,7 +108,7 @@ pub fn load_default() -> Result<(), AppArmorError> {
         .map_err(AppArmorError::Parser)?;
     if let Some(mut stdin) = parser.stdin.take() {
         // One that ends without reading says why.
-        let _ = stdin.write_all(DEFAULT_TEXT.as_bytes());
+        let _ = stdin.write_all(text.as_bytes());
     }
     let output = parser.wait_with_output().map_err(AppArmorError::Parser)?;
     if output.status.success() {

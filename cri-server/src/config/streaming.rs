@@ -1,4 +1,4 @@
-//! What the section [streaming] means.
+//! What the section `streaming` means.
 
 use super::sections::Streaming;
 use super::setting::TlsVersion;
