@@ -76,15 +76,19 @@ fn bench(
     reference: &str,
 ) -> Result<()> {
     let bench = std::env::current_exe()?.with_file_name("berth-bench");
-    let status = Command::new(&bench)
+    let mut command = Command::new(&bench);
+    command
         .args(arguments)
         .arg("--socket")
         .arg(node.socket())
         .arg("--socket")
         .arg(&containerd.socket)
         .args(["--image", reference])
-        .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)])
-        .status()
+        .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)]);
+    // Where the runtimes' streaming servers are.
+    let status = node
+        .host
+        .enter(|| command.status())
         .with_context(|| format!("cannot run {}", bench.display()))?;
     ensure!(status.success(), "berth-bench: {status}");
     Ok(())
