@@ -243,11 +243,16 @@ impl Shared {
         let _ = self.take_all(&mut from, read);
         let mut streams = lock(&self.streams);
         streams.gone = true;
-        let open = std::mem::take(&mut streams.open);
+        // They stay: who still waits for a reply that has come is to find it.
+        let all: Vec<_> = streams
+            .open
+            .values()
+            .map(|open| open.events.clone())
+            .collect();
         drop(streams);
         self.replied.notify_all();
-        for (_, open) in open {
-            let _ = open.events.send(Event::Gone(None));
+        for events in all {
+            let _ = events.send(Event::Gone(None));
         }
     }
 
