@@ -432,6 +432,13 @@ pub fn build(input: &Input<'_>) -> Result<Built, OciError> {
     })
 }
 
+/// The capabilities that a spec's process can ever have.
+pub(crate) fn bounding_set(spec: &oci::Spec) -> CapSet {
+    let process = spec.process().as_ref();
+    let held = process.and_then(|process| process.capabilities().as_ref());
+    capability_set(held.and_then(|sets| sets.bounding().as_ref()))
+}
+
 /// The device rules that a spec asks for, in order; later ones override earlier
 /// ones.
 pub fn device_rules(spec: &oci::Spec) -> Vec<DeviceRule> {

@@ -293,11 +293,7 @@ impl Inner {
         if security.privileged {
             return Ok(None);
         }
-        let held = spec
-            .process()
-            .as_ref()
-            .and_then(|process| process.capabilities().as_ref());
-        let caps = oci::capability_set(held.and_then(|sets| sets.bounding().as_ref()));
+        let caps = oci::bounding_set(spec);
         let filter = match &security.seccomp {
             SeccompProfile::Unconfined => return Ok(None),
             SeccompProfile::RuntimeDefault => self

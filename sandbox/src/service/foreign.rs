@@ -222,9 +222,7 @@ impl Inner {
         if security.privileged {
             return Ok(());
         }
-        let process = spec.process().as_ref();
-        let held = process.and_then(|process| process.capabilities().as_ref());
-        let caps = oci::capability_set(held.and_then(|sets| sets.bounding().as_ref()));
+        let caps = oci::bounding_set(spec);
         let profile = match &security.seccomp {
             SeccompProfile::Unconfined => return Ok(()),
             SeccompProfile::RuntimeDefault => self.seccomp.oci_default(caps),
