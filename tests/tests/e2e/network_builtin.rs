@@ -118,8 +118,11 @@ fn annotations_limit_a_pods_bandwidth() {
         both.iter().all(|rate| qdiscs.contains(rate)).then_some(())
     });
     pod.remove();
-    let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
-    assert!(!qdiscs.contains("tbf"), "{qdiscs}");
+    // The pair goes with the namespace, which the kernel takes apart after the answer.
+    eventually("no limit is left", || {
+        let qdiscs = node.host.run("tc", &["qdisc", "show"]).unwrap();
+        (!qdiscs.contains("tbf")).then_some(())
+    });
 }
 
 #[test]
