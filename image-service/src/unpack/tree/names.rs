@@ -3,7 +3,8 @@
 use super::super::archive::{Entry, MAX_PATH_BYTES};
 use super::super::{UnpackError, shown};
 
-/// `path` without empty and "." components.
+/// `path` without empty and "." components. What begins with "/" begins at the image's root, as
+/// every path of an archive does: kaniko writes "/" for the root itself.
 pub(super) fn normalised(path: &[u8]) -> Result<Vec<u8>, UnpackError> {
     let refuse = |why| UnpackError::Path {
         entry: shown(path),
@@ -14,9 +15,6 @@ pub(super) fn normalised(path: &[u8]) -> Result<Vec<u8>, UnpackError> {
     }
     if path.contains(&0) {
         return Err(refuse("has a NUL byte"));
-    }
-    if path.starts_with(b"/") {
-        return Err(refuse("is absolute"));
     }
     let mut clean = Vec::with_capacity(path.len());
     for part in components(path) {
@@ -76,7 +74,9 @@ mod tests {
         assert_eq!(clean("./a//b/./c/").unwrap(), "a/b/c");
         assert_eq!(clean("./").unwrap(), "");
         assert_eq!(clean("..a/b..").unwrap(), "..a/b..");
-        for bad in ["/a", "//", "..", "a/../b", "a/..", "a\0b"] {
+        assert_eq!(clean("/").unwrap(), "");
+        assert_eq!(clean("//a/").unwrap(), "a");
+        for bad in ["..", "/..", "a/../b", "a/..", "a\0b"] {
             clean(bad).unwrap_err();
         }
     }

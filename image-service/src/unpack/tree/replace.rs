@@ -16,9 +16,7 @@ impl Tree<'_> {
         parent: &Rc<Directory>,
         name: &[u8],
     ) -> Result<(), UnpackError> {
-        // An absolute target means the image's root, as for a symbolic link.
-        let link = entry.link.iter().position(|&b| b != b'/').unwrap_or(0);
-        let target = normalised(&entry.link[link..]).map_err(|error| match error {
+        let target = normalised(&entry.link).map_err(|error| match error {
             UnpackError::Path { why, .. } => UnpackError::LinkTarget {
                 entry: shown(&entry.path),
                 target: shown(&entry.link),
