@@ -9,7 +9,8 @@ use berth_image_service::sources::RegistryFiles;
 use berth_image_service::{auth, auth_file};
 use std::path::Path;
 
-/// An image reference: what is taken prints as something that means the same.
+/// An image reference: what is taken prints as something that means the same, and its registry
+/// can be asked.
 pub fn reference(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else {
         return;
@@ -18,6 +19,8 @@ pub fn reference(data: &[u8]) {
         let printed = reference.to_string();
         let again: Reference = printed.parse().expect("a printed reference is one");
         assert_eq!(again.to_string(), printed);
+        let hosts = hosts::hosts(&[], reference.host(), Fallback::Origin);
+        assert_eq!(hosts.expect("no file to read").len(), 1);
     }
 }
 

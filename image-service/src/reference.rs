@@ -270,6 +270,18 @@ pub(crate) fn is_host(text: &str) -> bool {
                     .bytes()
                     .all(|b| b.is_ascii_alphanumeric() || b == b'-')
         })
+        && is_url_host(name)
+}
+
+/// False for what looks like a name and is none in a URL: one that ends in a number and is no
+/// IPv4 address, one in a damaged Punycode. Source: URL standard, 3.5, "host parsing".
+fn is_url_host(name: &str) -> bool {
+    match url::Host::parse(name) {
+        Ok(url::Host::Domain(_)) => true,
+        // Not another address than the one that is written: 127.1 would be 127.0.0.1.
+        Ok(url::Host::Ipv4(address)) => address.to_string() == name,
+        Ok(url::Host::Ipv6(_)) | Err(_) => false,
+    }
 }
 
 fn is_port(text: &str) -> bool {
@@ -402,6 +414,12 @@ mod tests {
             "[::1/c",
             "[zz]/c",
             "[::1]x/c",
+            "1.2.3.4.5/c",
+            "256.0.0.1/c",
+            "127.1/c",
+            "a.123/c",
+            "a.0x1:5000/c",
+            "xn--a.b/c",
             "a@sha256:00",
             "a@md5:00",
             "é",
@@ -448,13 +466,15 @@ mod tests {
         ) {
             if let Ok(reference) = text.parse::<Reference>() {
                 let normal = reference.to_string();
+                let host = crate::hosts::plain(reference.host(), false);
+                prop_assert!(host.url.has_host());
                 prop_assert_eq!(normal.parse::<Reference>().unwrap(), reference);
             }
         }
 
         #[test]
         fn every_reference_of_the_grammar_is_taken(
-            host in prop::option::of("[a-z0-9]{1,5}(\\.[a-z0-9]{1,5}){1,3}(:[1-9][0-9]{0,3})?"),
+            host in prop::option::of("[a-z0-9]{1,5}(\\.[a-z0-9]{1,5}){0,2}\\.[a-z][a-z0-9]{0,4}(:[1-9][0-9]{0,3})?"),
             path in "[a-z0-9]{1,4}((\\.|_|__|-{1,3})[a-z0-9]{1,4}){0,2}(/[a-z0-9]{1,4}){0,3}",
             tag in prop::option::of("[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}"),
             digest in prop::option::of("[0-9a-f]{64}"),
