@@ -49,7 +49,7 @@ fn info(image: &Image) -> HashMap<String, String> {
                 "Labels": config.labels,
                 "ExposedPorts": config.exposed_ports,
             },
-            "rootfs": { "type": "layers", "diff_ids": image.layers },
+            "rootfs": { "type": "layers", "diff_ids": config.diff_ids },
         },
     });
     HashMap::from([("info".to_owned(), info.to_string())])

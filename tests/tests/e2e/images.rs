@@ -369,6 +369,12 @@ fn a_verbose_status_holds_the_image_config() {
         "{:?}",
         answer.info
     );
+    let info: serde_json::Value = serde_json::from_str(&answer.info["info"]).unwrap();
+    let diff_ids = info["imageSpec"]["rootfs"]["diff_ids"].as_array().unwrap();
+    assert!(!diff_ids.is_empty());
+    for diff_id in diff_ids {
+        assert!(diff_id.as_str().unwrap().starts_with("sha256:"), "{info}");
+    }
 }
 
 #[test]
