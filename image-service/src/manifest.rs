@@ -25,6 +25,8 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+/// What Docker before 1.13 called its config, in images that are still pulled.
+const OLD_DOCKER_CONFIG: &str = "application/octet-stream";
 const SCHEMA_1: [&str; 2] = [
     "application/vnd.docker.distribution.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v1+prettyjws",
@@ -246,7 +248,9 @@ pub fn parse(content_type: Option<&str>, bytes: &[u8]) -> Result<Document, Manif
     }
     if let Some(config) = raw.config {
         let config: RawDescriptor = serde_json::from_value(config).map_err(json)?;
-        if ![OCI_CONFIG, DOCKER_CONFIG].contains(&&*config.media_type) {
+        let is_known = [OCI_CONFIG, DOCKER_CONFIG].contains(&&*config.media_type)
+            || (media_type == DOCKER_MANIFEST && config.media_type == OLD_DOCKER_CONFIG);
+        if !is_known {
             return Err(ManifestError::NotAnImage {
                 media_type: clipped(&config.media_type),
             });
@@ -656,6 +660,17 @@ mod tests {
             assert_eq!(manifest.layers[0].1, packing);
             assert_eq!(manifest.config.size, 7);
         }
+        let old = |kind| {
+            read(json!({
+                "schemaVersion": 2, "mediaType": kind,
+                "config": descriptor("application/octet-stream"), "layers": [],
+            }))
+        };
+        assert!(matches!(old(DOCKER_MANIFEST), Ok(Document::Manifest(_))));
+        assert!(matches!(
+            old(OCI_MANIFEST),
+            Err(ManifestError::NotAnImage { .. })
+        ));
         let index = json!({"schemaVersion": 2, "manifests": [descriptor(OCI_MANIFEST)]});
         assert!(matches!(read(index), Ok(Document::Index(entries)) if entries.len() == 1));
     }
