@@ -20,7 +20,7 @@ pub use error::{Earlier, Kind, PullError};
 
 use crate::content::{BadBlob, Content, MAX_DOCUMENT_BYTES};
 use crate::digest::Digest;
-use crate::flight::{Boarding, Flights};
+use crate::flight::{Boarding, Flight, Flights};
 use crate::image::ImageRecord;
 use crate::layer::{Lease, Store};
 use crate::manifest::{self, Document, ImageConfig, Manifest, ManifestError, Platform};
@@ -103,11 +103,7 @@ impl Job {
         crash::point("pull_image.before_manifest");
         let (mut digest, mut bytes, mut content_type) = match self.reference.digest() {
             Some(digest) => {
-                if self.content.has(digest) {
-                    // That somebody else could pull it does not mean that we may.
-                    self.admitted(digest).await?;
-                }
-                let (bytes, content_type) = self.document("manifest", digest, None, true).await?;
+                let (bytes, content_type) = self.named_document(digest).await?;
                 (digest.clone(), bytes, content_type)
             }
             None => self.resolve().await?,
@@ -167,6 +163,21 @@ impl Job {
         let hosts = self.registry.resolvers();
         self.first_of(hosts, "manifest", |turn| self.resolve_at(turn, tag))
             .await
+    }
+
+    /// The manifest that the reference names by digest, once it is clear that we may have it.
+    async fn named_document(
+        &self,
+        digest: &Digest,
+    ) -> Result<(Vec<u8>, Option<String>), PullError> {
+        let flight = self.flight(digest).await;
+        if let Some(bytes) = self.stored(digest).await {
+            drop(flight);
+            // That somebody else could pull it, maybe while we waited, does not mean that we may.
+            self.admitted(digest).await?;
+            return Ok((bytes, None));
+        }
+        self.fetched_document("manifest", digest, None, true).await
     }
 
     /// Whether a host would give us the manifest that is here already.
@@ -231,15 +242,31 @@ impl Job {
         size: Option<u64>,
         is_manifest: bool,
     ) -> Result<(Vec<u8>, Option<String>), PullError> {
-        let _flight = loop {
-            match self.shared.documents.board(digest) {
-                Boarding::Lead(flight) => break flight,
-                Boarding::Wait(other) => other.landed().await,
-            }
-        };
+        let _flight = self.flight(digest).await;
         if let Some(bytes) = self.stored(digest).await {
             return Ok((bytes, None));
         }
+        self.fetched_document(what, digest, size, is_manifest).await
+    }
+
+    /// The right to fetch a document; whoever fetches it now is waited for.
+    async fn flight(&self, digest: &Digest) -> Flight<Digest> {
+        loop {
+            match self.shared.documents.board(digest) {
+                Boarding::Lead(flight) => return flight,
+                Boarding::Wait(other) => other.landed().await,
+            }
+        }
+    }
+
+    /// The bytes `digest` names from the first host that has them; kept.
+    async fn fetched_document(
+        &self,
+        what: &str,
+        digest: &Digest,
+        size: Option<u64>,
+        is_manifest: bool,
+    ) -> Result<(Vec<u8>, Option<String>), PullError> {
         let hosts = self.registry.pullers();
         self.first_of(hosts, what, |turn| async move {
             let found = self

@@ -8,6 +8,7 @@ use berth_image_service::auth::{AuthError, Credentials};
 use berth_image_service::explain::explain;
 use berth_image_service::hosts::Fallback;
 use berth_image_service::pinned::Patterns;
+use berth_image_service::progress::{Progress, Stage};
 use berth_image_service::pull::Kind;
 use berth_image_service::registry::RegistryError;
 use rcgen::{KeyPair, SigningKey as _};
@@ -168,6 +169,42 @@ async fn a_manifest_that_is_here_opens_nothing_to_who_may_not_pull_it() {
             .bytes,
         0
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_that_somebody_else_is_fetching_opens_nothing_either() {
+    let picture = Picture::small("private");
+    let (served, asked) = (picture.clone(), Arc::new(AtomicUsize::new(0)));
+    let (go, begun) = (Arc::new(AtomicUsize::new(0)), Arc::clone(&asked));
+    let may = Arc::clone(&go);
+    let server = Server::start(move |request| {
+        if request.header("authorization").is_empty() {
+            return Reply::status(401).with("www-authenticate", "Basic realm=\"x\"");
+        }
+        if request.path().contains("/manifests/") && asked.fetch_add(1, Ordering::SeqCst) == 0 {
+            wait_for("the other pull", || may.load(Ordering::SeqCst) == 1);
+        }
+        serve(&served, request)
+    });
+    let node = Node::new();
+    let name = format!("{}/a@{}", server.address, picture.digest());
+    let first = node.pull_as(&name, Some(credentials()));
+    let second = async {
+        wait_for("the first pull", || begun.load(Ordering::SeqCst) == 1);
+        node.pull(&name).await
+    };
+    let release = async {
+        wait_for("both to ask", || {
+            let running = node.service.running_pulls();
+            let asking = |(_, progress): &&(String, Progress)| progress.stage() == Stage::Manifest;
+            running.iter().filter(asking).count() == 2
+        });
+        go.store(1, Ordering::SeqCst);
+    };
+    let (first, second, ()) = tokio::join!(first, second, release);
+    first.unwrap();
+    let error = second.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unauthorized, "{}", chain(&*error));
 }
 
 #[tokio::test]
