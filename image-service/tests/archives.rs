@@ -227,8 +227,24 @@ fn archives_that_lie_are_refused_and_leave_nothing() {
     wrong_diff_id[0].1 = tar_of(&[("other", b"content")]);
     let mut escaping = without("index.json");
     escaping.push(("../../../../tmp/index.json".into(), b"[]".to_vec()));
+    // One manifest of many megabytes, named often.
+    let mut wide = without("index.json");
+    let mut padded = picture.manifest.clone();
+    padded.resize(4 << 20, b' ');
+    let digest = Digest::sha256(&padded);
+    let entry = json!({"digest": digest, "size": padded.len()});
+    let index = json!({"schemaVersion": 2, "manifests": vec![entry; 100]});
+    wide.push((format!("blobs/sha256/{}", digest.hex()), padded));
+    wide.push(("index.json".into(), index.to_string().into_bytes()));
+    let mut long_name = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(0);
+    long_name
+        .append_data(&mut header, "x".repeat(5000), &b""[..])
+        .unwrap();
+    let long_name = long_name.into_inner().unwrap();
     let plain = archive(&whole);
-    let cases: [(&str, Vec<u8>, &str); 9] = [
+    let cases: [(&str, Vec<u8>, &str); 11] = [
         ("nothing", Vec::new(), "neither an index.json"),
         ("no archive", vec![b'x'; 2000], "cannot be read"),
         ("cut", plain[..plain.len() / 2].to_vec(), "cannot be read"),
@@ -250,6 +266,8 @@ fn archives_that_lie_are_refused_and_leave_nothing() {
         ("another layer", archive(&swapped), "is wrong"),
         ("another diff ID", archive(&wrong_diff_id), "diff ID"),
         ("escaping", archive(&escaping), ""),
+        ("wide", archive(&wide), "are to be read"),
+        ("long name", long_name, "longer than 4096"),
     ];
     for (what, bytes, said) in cases {
         let node = Node::new();

@@ -5,6 +5,7 @@ use crate::content::MAX_DOCUMENT_BYTES;
 use crate::digest::{Algorithm, Digest, Hasher};
 use crate::layer::random_name;
 use crate::unpack::{Archive, Compression, Kind, UnpackError, read_archive};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Cursor, Read, Write};
@@ -12,6 +13,11 @@ use std::path::{Path, PathBuf};
 
 /// Far more than the blobs of the images anybody puts into one archive.
 const MAX_FILES: usize = 100_000;
+/// Longest name in the archive, in bytes. Source: limits.h, PATH_MAX.
+const MAX_NAME_BYTES: usize = 4096;
+/// Manifests, indexes and configs that are read of one archive, in bytes, each as often as it is
+/// read: they are kept in memory, and an index may name another one a thousand times.
+const MAX_READ_BYTES: u64 = 256 << 20;
 /// How many links lead to one file at most.
 const MAX_LINKS: usize = 8;
 
@@ -31,6 +37,8 @@ pub(super) struct Spool {
     files: HashMap<String, Spooled>,
     by_digest: HashMap<Digest, Spooled>,
     links: HashMap<String, String>,
+    /// Of manifests, indexes and configs.
+    read_bytes: Cell<u64>,
 }
 
 impl Drop for Spool {
@@ -59,6 +67,7 @@ impl Spool {
             files: HashMap::new(),
             by_digest: HashMap::new(),
             links: HashMap::new(),
+            read_bytes: Cell::new(0),
         };
         let mut start = Vec::with_capacity(4);
         (&mut archive)
@@ -89,6 +98,14 @@ impl Spool {
             count += 1;
             if count > MAX_FILES {
                 *failed = Some(ImportError::TooManyFiles { most: MAX_FILES });
+                return Err(UnpackError::LeansOnParents);
+            }
+            if entry.path.len().max(entry.link.len()) > MAX_NAME_BYTES {
+                let begin = &entry.path[..entry.path.len().min(100)];
+                *failed = Some(ImportError::Wrong {
+                    what: String::from_utf8_lossy(begin).into_owned(),
+                    why: format!("its name or link is longer than {MAX_NAME_BYTES} bytes"),
+                });
                 return Err(UnpackError::LeansOnParents);
             }
             let name = clean(&entry.path);
@@ -209,6 +226,16 @@ impl Spool {
                 why: format!("it has {} bytes, over {MAX_DOCUMENT_BYTES}", file.size),
             });
         }
+        let read_bytes = self.read_bytes.get() + file.size;
+        if read_bytes > MAX_READ_BYTES {
+            return Err(ImportError::Wrong {
+                what: what.to_owned(),
+                why: format!(
+                    "with it, manifests and configs of more than {MAX_READ_BYTES} bytes are to be read"
+                ),
+            });
+        }
+        self.read_bytes.set(read_bytes);
         let mut bytes = Vec::with_capacity(file.size as usize);
         self.open(file)?
             .read_to_end(&mut bytes)
