@@ -1,4 +1,4 @@
-# make build | test | handlers | test-vm | test-vm-all | fuzz | demo | bench | fmt | lint | docs | clean
+# make build | test | test-full | handlers | test-vm | test-vm-all | fuzz | demo | bench | fmt | lint | docs | clean
 # Everything that runs containers needs root. PROFILE=release for an optimised build.
 
 PROFILE ?= dev
@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: handlers all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
+.PHONY: handlers test-full all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
 all: build
 
 setup:
@@ -52,6 +52,13 @@ e2e: build
 # Both.
 host: build
 	cargo test --locked --workspace --no-fail-fast
+
+# What the tests above do with small sizes, at the sizes that Berth is held to: 2 GiB of logs, 100 MiB
+# of input, 1 GiB forwarded each way, 200 execs at once, a layer of 2 GiB, one of 300,000 files.
+FULL := BERTH_TEST_LOG_MIB=2048 BERTH_TEST_STREAM_BYTES=104857600 BERTH_TEST_STREAM_EXECS=200 \
+	BERTH_TEST_FORWARD_BYTES=1073741824 BERTH_LARGE_LAYER_MIB=2048 BERTH_MANY_FILES=300000
+test-full: build
+	$(FULL) cargo test --locked --workspace --test e2e -- log_torture streaming image_sizes
 
 # The suites of containers over runc and crun as runtime handlers.
 handlers: build
