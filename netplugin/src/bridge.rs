@@ -312,6 +312,7 @@ impl Bridge {
             .filter(is_bridge)
             .ok_or_else(|| NetError::NotABridge { name: name.clone() })?;
         let index = link.header.index;
+        uplink::ignore_router_advertisements(name)?;
         if self.settings.ipv6.is_some() {
             // Looking for a pod takes a link-local address that is past its detection: the
             // first pod's packets would wait two seconds for that.
@@ -333,7 +334,7 @@ impl Bridge {
             .build();
         requests.push(new_link("bring the bridge up", 0, up));
         socket.run(&requests)?;
-        self.allow_forwarding()?;
+        self.allow_forwarding(&mut socket)?;
         let made = Made { index, mtu };
         *known = Some(made);
         Ok(made)
@@ -343,7 +344,7 @@ impl Bridge {
         self.subnets.iter().map(Ipam::gateway).collect()
     }
 
-    fn allow_forwarding(&self) -> Result<(), NetError> {
+    fn allow_forwarding(&self, socket: &mut Socket) -> Result<(), NetError> {
         let set = |path: PathBuf, value: &str| {
             sysctl::write(&path, value).map_err(|source| NetError::Sysctl { path, source })
         };
@@ -357,7 +358,7 @@ impl Bridge {
             set(redirects.into(), "0")?;
         }
         if self.settings.ipv6.is_some() {
-            uplink::keep_router_advertisements()?;
+            uplink::keep_router_advertisements(socket)?;
             set("/proc/sys/net/ipv6/conf/all/forwarding".into(), "1")?;
         }
         Ok(())

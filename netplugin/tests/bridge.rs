@@ -117,6 +117,88 @@ fn a_bridges_first_pod_is_reached_over_ipv6_at_once() {
     );
 }
 
+/// Says on `ifname` that this namespace is a router, as radvd would.
+fn advertise(netns: &Netns, ifname: &str) {
+    use rustix::net::{self, AddressFamily, SocketType, ipproto, sockopt};
+    // Type 134, 64 hops, for half an hour; the kernel fills in the checksum. Source: RFC 4861, 4.2.
+    let message = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    // What is not said from a link-local address is not believed either.
+    let mut line = String::new();
+    wait_until(|| {
+        line = netns.sh(&format!(
+            "ip -6 -o address show dev {ifname} scope link -tentative"
+        ));
+        !line.is_empty()
+    });
+    let mut words = line.split([' ', ':', '/']).filter(|word| !word.is_empty());
+    let index = words.next().unwrap().parse().unwrap();
+    let own = line
+        .split_whitespace()
+        .nth(3)
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap();
+    let at = |address: &str| std::net::SocketAddrV6::new(address.parse().unwrap(), 0, 0, index);
+    netns.run(|| {
+        let protocol = Some(ipproto::ICMPV6);
+        let socket = net::socket(AddressFamily::INET6, SocketType::RAW, protocol).unwrap();
+        net::bind(&socket, &at(own)).unwrap();
+        // A message that a router has passed on has fewer.
+        sockopt::set_ipv6_multicast_hops(&socket, 255).unwrap();
+        net::sendto(&socket, &message, net::SendFlags::empty(), &at("ff02::1")).unwrap();
+    });
+}
+
+/// Where routers have said so, by their interfaces.
+fn routes_by_advertisement(netns: &Netns) -> String {
+    netns.sh("ip -6 route show default proto ra")
+}
+
+/// CVE-2020-10749: whoever is listened to as a router gets the traffic of all others.
+#[test]
+fn no_pod_is_taken_for_a_router() {
+    for ipv6 in [true, false] {
+        let world = World::new();
+        let mut settings = world.settings();
+        if !ipv6 {
+            settings.ipv6 = None;
+        }
+        let before = world
+            .host
+            .sh("cat /proc/sys/net/ipv6/conf/default/accept_ra");
+        // The host's own router is heard before there are pods, and after.
+        world.host.sh("ip -6 route del default");
+        advertise(&world.outside, "up1");
+        wait_until(|| routes_by_advertisement(&world.host).contains("dev up0"));
+        let bridge = Bridge::open(settings).unwrap();
+        let (evil, other) = (world.pod(&bridge, "evil"), world.pod(&bridge, "other"));
+        world.host.sh("ip -6 route flush default proto ra");
+        advertise(&evil.netns, "eth0");
+        // What comes later has arrived: so has what came before.
+        advertise(&world.outside, "up1");
+        wait_until(|| routes_by_advertisement(&world.host).contains("dev up0"));
+        let heard = routes_by_advertisement(&world.host);
+        assert!(
+            !heard.contains("berth0"),
+            "IPv6 {ipv6}: the host hears {heard}"
+        );
+        assert_eq!(routes_by_advertisement(&other.netns), "", "IPv6 {ipv6}");
+        let accepts = |netns: &Netns, link: &str| {
+            netns
+                .sh(&format!("cat /proc/sys/net/ipv6/conf/{link}/accept_ra"))
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(accepts(&world.host, "berth0"), "0", "IPv6 {ipv6}");
+        assert_eq!(accepts(&other.netns, "eth0"), "0", "IPv6 {ipv6}");
+        let after = world
+            .host
+            .sh("cat /proc/sys/net/ipv6/conf/default/accept_ra");
+        assert_eq!(after, before, "links to come are as they would have been");
+    }
+}
+
 #[test]
 fn a_host_port_leads_to_its_pod_from_everywhere() {
     let world = World::new();

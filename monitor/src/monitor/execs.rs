@@ -2,6 +2,7 @@
 
 use super::launch::{fork_driver, go_home};
 use super::*;
+use std::path::{Component, Path, PathBuf};
 
 /// Execs at a time. Each costs a process of the node.
 const MAX_EXECS: usize = 1024;
@@ -82,7 +83,16 @@ impl Monitor {
         };
         namespace::join_process(&container.pidfd, flag::NEWPID)
             .step("join namespace", &exec.container_id)?;
-        let forked = clone::fork(options);
+        let mut forked = clone::fork(options);
+        // One that has handed its controllers on to cgroups inside it takes no process itself.
+        if let (Err(Errno::BUSY), Some(own)) = (&forked, &exec.cgroup)
+            && let Some(inside) = open_inside(container.pid, Path::new(&own.directory))
+        {
+            forked = clone::fork(clone::Options {
+                cgroup: Some(inside.as_fd()),
+                ..Default::default()
+            });
+        }
         if let Ok(Forked::Child) = forked {
             process::child(work.keep(), || work.run());
         }
@@ -218,6 +228,28 @@ impl ExecProcess {
     }
 }
 
+/// The cgroup inside `own` that the process `pid` has moved to, as systemd does in a container.
+fn open_inside(pid: i32, own: &Path) -> Option<OwnedFd> {
+    let all = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let now = all.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(inside(Path::new(now), own)?, flags, Mode::empty()).ok()
+}
+
+/// Where the cgroup `now` of the hierarchy is, if it is inside the one at `own`.
+fn inside(now: &Path, own: &Path) -> Option<PathBuf> {
+    let plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
+    if !now.components().all(plain) {
+        return None;
+    }
+    let of_own = |path: &&Path| {
+        let below_mount = path.strip_prefix("/").unwrap_or(path);
+        below_mount.components().next().is_some() && own.ends_with(below_mount)
+    };
+    let base = now.ancestors().skip(1).find(of_own)?;
+    Some(own.join(now.strip_prefix(base).ok()?))
+}
+
 /// Clones a child that has an OCI runtime run the process.
 fn drive_exec(
     exec: &proto::Exec,
@@ -239,4 +271,30 @@ fn drive_exec(
     fork_driver(&driver, |driver| {
         driver.exec(&exec.exec_id, &exec.oci_process)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_cgroup_inside_the_containers_is_gone_to() {
+        let own = Path::new("/sys/fs/cgroup/unified/kubepods/pod1/berth-a");
+        let of = |now: &str| inside(Path::new(now), own);
+        assert_eq!(
+            of("/kubepods/pod1/berth-a/init.scope"),
+            Some(own.join("init.scope"))
+        );
+        assert_eq!(of("/kubepods/pod1/berth-a/x/y"), Some(own.join("x/y")));
+        for elsewhere in [
+            "/",
+            "/kubepods/pod1/berth-a",
+            "/kubepods/pod1/berth-b/x",
+            "/kubepods/pod1",
+            "/kubepods/pod1/berth-a/../berth-b",
+            "/../other",
+        ] {
+            assert_eq!(of(elsewhere), None, "{elsewhere}");
+        }
+    }
 }

@@ -109,6 +109,25 @@ pub(super) fn is_bridge(link: &LinkMessage) -> bool {
     })
 }
 
+/// A device of the machine's, or what is made of such: nobody gives a container's link these.
+pub(super) fn is_device(link: &LinkMessage) -> bool {
+    let mut infos = link
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+    let kind = infos.find_map(|infos| {
+        infos.iter().find_map(|info| match info {
+            LinkInfo::Kind(kind) => Some(kind),
+            _ => None,
+        })
+    });
+    // The kernel names a kind for what it has made up.
+    kind.is_none_or(|kind| matches!(kind, InfoKind::Vlan | InfoKind::Bond | InfoKind::Team))
+}
+
 pub(super) fn name_in(link: &LinkMessage) -> Option<&str> {
     link.attributes
         .iter()

@@ -4,7 +4,7 @@ use super::error::NetError;
 use super::link::{self, default_route, find_link, new_address, new_link};
 use super::name::{alias, host_ifname, ifb_ifname};
 use super::settings::{Attach, Settings};
-use super::{LOOPBACK_INDEX, shaping};
+use super::{LOOPBACK_INDEX, shaping, uplink};
 use crate::address::IpNet;
 use crate::netlink::{Request, Socket, parse_route};
 use crate::{netns, sysctl};
@@ -153,12 +153,11 @@ impl Pair<'_> {
             ifname: ifname.into(),
         })?;
         let index = link.header.index;
+        // Neighbours are pods: none of them is a router.
+        uplink::ignore_router_advertisements(ifname)?;
         if self.nets.iter().any(|net| !net.is_ipv4()) {
-            // Neighbours are pods: none of them is a router.
-            for (file, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
-                let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{ifname}/{file}"));
-                sysctl::write(&path, value).map_err(|source| NetError::Sysctl { path, source })?;
-            }
+            let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{ifname}/accept_dad"));
+            sysctl::write(&path, "0").map_err(|source| NetError::Sysctl { path, source })?;
         }
         let mut requests = vec![up("bring the pod's loopback up", LOOPBACK_INDEX)];
         for net in self.nets {

@@ -233,14 +233,8 @@ fn limits(resources: &Resources, new: bool) -> Properties<'static> {
     }
     match quota {
         Some(quota @ 1..) => {
-            let period = u128::from(period.unwrap_or(100_000));
-            let per_second = u128::from(quota.unsigned_abs()) * 1_000_000 / period;
-            // In steps of 10 ms, as systemd itself rounds when it writes the file.
-            let per_second = per_second.div_ceil(10_000) * 10_000;
-            add(
-                "CPUQuotaPerSecUSec",
-                u64::try_from(per_second).unwrap_or(NONE),
-            );
+            let quota = per_second(quota.unsigned_abs(), period.unwrap_or(100_000));
+            add("CPUQuotaPerSecUSec", quota);
         }
         Some(_) => add("CPUQuotaPerSecUSec", NONE),
         None => {}
@@ -272,7 +266,80 @@ fn limits(resources: &Resources, new: bool) -> Properties<'static> {
             properties.push((name, Variant::from(bits)));
         }
     }
+    // They are written after the others, so they count for systemd, too.
+    for (name, value) in resources.unified.iter().flat_map(|(k, v)| unified(k, v)) {
+        properties.retain(|(known, _)| *known != name);
+        properties.push((name, value));
+    }
     properties
+}
+
+/// What systemd calls a file of cgroup v2; none for one that it never writes.
+fn unified(file: &str, value: &str) -> Vec<(&'static str, Variant<'static>)> {
+    let number = |name: &'static str| {
+        let value = amount(value).map(Variant::U64);
+        value.into_iter().map(|value| (name, value)).collect()
+    };
+    let list = |name: &'static str| {
+        let value = bitmap(value).map(Variant::from);
+        value.into_iter().map(|value| (name, value)).collect()
+    };
+    match file {
+        "cpu.weight" => number("CPUWeight"),
+        "cpu.max" => {
+            let mut words = value.split_whitespace().map(amount);
+            let quota = words.next().flatten();
+            let period = words.next().flatten();
+            let mut both = Vec::new();
+            both.extend(period.map(|period| ("CPUQuotaPeriodUSec", Variant::U64(period))));
+            both.extend(quota.map(|quota| {
+                let per_second = match quota {
+                    u64::MAX => u64::MAX,
+                    quota => per_second(quota, period.unwrap_or(100_000)),
+                };
+                ("CPUQuotaPerSecUSec", Variant::U64(per_second))
+            }));
+            both
+        }
+        "memory.min" => number("MemoryMin"),
+        "memory.low" => number("MemoryLow"),
+        "memory.high" => number("MemoryHigh"),
+        "memory.max" => number("MemoryMax"),
+        "memory.swap.max" => number("MemorySwapMax"),
+        "pids.max" => number("TasksMax"),
+        "io.weight" => match value.split_whitespace().next_back().and_then(amount) {
+            Some(weight) => vec![("IOWeight", Variant::U64(weight))],
+            None => Vec::new(),
+        },
+        "cpuset.cpus" => list("AllowedCPUs"),
+        "cpuset.mems" => list("AllowedMemoryNodes"),
+        _ => Vec::new(),
+    }
+}
+
+/// A number as the kernel's files take it: "max", or with a K, M, G or T behind it. `None` for
+/// what the kernel will refuse.
+///
+/// Source: memparse() in Linux, lib/cmdline.c.
+fn amount(text: &str) -> Option<u64> {
+    let text = text.trim();
+    if text == "max" {
+        return Some(u64::MAX);
+    }
+    let (digits, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
+        b'K' => (&text[..text.len() - 1], 10),
+        b'M' => (&text[..text.len() - 1], 20),
+        b'G' => (&text[..text.len() - 1], 30),
+        b'T' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// A quota in steps of 10 ms, as systemd itself rounds when it writes the file.
+fn per_second(quota: u64, period: u64) -> u64 {
+    let per_second = u128::from(quota) * 1_000_000 / u128::from(period.max(1));
+    u64::try_from(per_second.div_ceil(10_000) * 10_000).unwrap_or(u64::MAX)
 }
 
 /// "0-2,8" as bits, lowest first; `None` for an empty list and for what is no list.
@@ -425,6 +492,63 @@ mod tests {
         assert_eq!(value("TasksMax"), Some(Variant::U64(u64::MAX)));
         assert_eq!(value("AllowedCPUs"), Some(Variant::from(vec![3u8, 2])));
         assert!(limits(&Resources::default(), false).is_empty());
+    }
+
+    /// What systemd is not told it takes back, at a daemon-reload or with the next limit.
+    #[test]
+    fn raw_files_are_said_as_well_and_count_more() {
+        let files = [
+            ("memory.high", "48M"),
+            ("memory.min", "4096"),
+            ("memory.low", "0"),
+            ("memory.max", "max"),
+            ("memory.swap.max", "1G"),
+            ("pids.max", "77"),
+            ("cpu.max", "20000 50000"),
+            ("cpu.weight", "300"),
+            ("cpuset.cpus", "1"),
+            ("cpuset.mems", "0"),
+            ("io.weight", "default 250"),
+            ("io.max", "8:0 rbps=1"),
+            ("hugetlb.2MB.max", "0"),
+        ];
+        let resources = Resources {
+            cpu_shares: Some(1024),
+            cpu_quota: Some(25_000),
+            memory_limit_bytes: Some(64),
+            pids_limit: Some(5),
+            unified: files.map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+            ..Resources::default()
+        };
+        let mut said = limits(&resources, true);
+        said.sort_by_key(|(name, _)| *name);
+        let number = |name, value| (name, Variant::U64(value));
+        assert_eq!(
+            said,
+            [
+                ("AllowedCPUs", Variant::from(vec![2u8])),
+                ("AllowedMemoryNodes", Variant::from(vec![1u8])),
+                number("CPUQuotaPerSecUSec", 400_000),
+                number("CPUQuotaPeriodUSec", 50_000),
+                number("CPUWeight", 300),
+                number("IOWeight", 250),
+                number("MemoryHigh", 48 << 20),
+                number("MemoryLow", 0),
+                number("MemoryMax", u64::MAX),
+                number("MemoryMin", 4096),
+                number("MemorySwapMax", 1 << 30),
+                number("TasksMax", 77),
+            ]
+        );
+        for (text, expected) in [
+            ("max", Some(u64::MAX)),
+            ("", None),
+            ("-1", None),
+            ("x", None),
+            ("99999999999999T", None),
+        ] {
+            assert_eq!(amount(text), expected, "{text:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,11 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex};
 
+/// Where the kubelet says on cgroup v2 how much swap a container may have.
+///
+/// Source: KEP-2400.
+const RAW_SWAP: &str = "memory.swap.max";
+
 /// One update of a container at a time; those of different containers do not wait
 /// for each other.
 #[derive(Default)]
@@ -186,7 +191,7 @@ fn refused(id: &crate::ContainerId, error: cgroup::Error) -> SandboxError {
 /// The limits that hold afterwards, and the part of them to be written.
 ///
 /// CRI says "leave it" by 0 and by absence. A memory limit without a word on swap keeps the
-/// swap there is beside it. The OOM score belongs to processes, which have it from their start.
+/// swap there is beside it, whichever of its two ways said how much. The OOM score belongs to processes, which have it from their start.
 fn merge(old: &Resources, given: Resources, running: bool) -> (Resources, Resources) {
     let mut change = given;
     if let (Some(memory @ 1..), None) = (change.memory_limit_bytes, change.memory_swap_limit_bytes)
@@ -197,6 +202,15 @@ fn merge(old: &Resources, given: Resources, running: bool) -> (Resources, Resour
             (Some(before @ 1..), Some(sum)) => Some(memory + (sum - before).max(0)),
             (_, _) => None,
         };
+    }
+    let raw_swap = old.unified.get_key_value(RAW_SWAP);
+    if let (Some(_), None, Some((file, value))) = (
+        change.memory_limit_bytes,
+        change.memory_swap_limit_bytes,
+        raw_swap,
+    ) {
+        let file = change.unified.entry(file.clone());
+        file.or_insert_with(|| value.clone());
     }
     let mut hugepages: Vec<HugepageLimit> = old.hugepages.clone();
     for limit in &change.hugepages {
@@ -283,6 +297,27 @@ mod tests {
             assert_eq!(merged.memory_swap_limit_bytes, sum, "{old:?} {given:?}");
             assert_eq!(merged.memory_limit_bytes, given.0);
         }
+    }
+
+    #[test]
+    fn a_new_memory_limit_leaves_swap_that_was_given_as_a_raw_file() {
+        let swap = |value: &str| [(RAW_SWAP.to_owned(), value.to_owned())].into();
+        let old = Resources {
+            unified: swap("1024"),
+            ..memory(Some(64), None)
+        };
+        // Else the write of a limit without a word on swap would be "none".
+        let (_, change) = merge(&old, memory(Some(128), None), true);
+        assert_eq!(change.unified, swap("1024"));
+        let (_, change) = merge(&old, memory(Some(128), Some(128)), true);
+        assert!(change.unified.is_empty());
+        let given = Resources {
+            unified: swap("2048"),
+            ..memory(Some(128), None)
+        };
+        assert_eq!(merge(&old, given, true).1.unified, swap("2048"));
+        let (_, change) = merge(&old, memory(None, None), true);
+        assert!(change.unified.is_empty());
     }
 
     #[test]

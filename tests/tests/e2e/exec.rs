@@ -46,6 +46,43 @@ fn an_exec_runs_where_the_container_does() {
     });
 }
 
+/// As systemd, or Docker, in a container does: its processes in a cgroup of their own, and the
+/// controllers handed on. The kernel then takes no process beside that one.
+#[test]
+fn an_exec_works_where_the_container_has_cgroups_inside_its_own() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let mut config = pod.container(&["sleep", "1000"]);
+    // On a hybrid host this is what brings a controller there.
+    config.resources().hugepage_limits = vec![cri::HugepageLimit {
+        page_size: "2MB".into(),
+        limit: 4 << 20,
+    }];
+    let container = pod.start_as(config);
+    let init = container.init_pid();
+    let cgroups = node.footprint().cgroups();
+    let own = cgroups.into_iter().find(|dir| {
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        name.contains(&container.id) && dir.join("cgroup.controllers").exists()
+    });
+    let own = own.expect("a cgroup in the unified hierarchy");
+    let controllers = std::fs::read_to_string(own.join("cgroup.controllers")).unwrap();
+    let Some(controller) = controllers.split_whitespace().next() else {
+        // This kernel has none for that hierarchy: nothing can be handed on.
+        return assert_eq!(container.exec(&["echo", "fine"]), "fine\n");
+    };
+    let inside = own.join("init");
+    std::fs::create_dir(&inside).unwrap();
+    std::fs::write(inside.join("cgroup.procs"), init.to_string()).unwrap();
+    let handed_on = std::fs::write(own.join("cgroup.subtree_control"), format!("+{controller}"));
+    handed_on.expect("nothing else is in it");
+    let seen = container.exec(&["cat", "/proc/self/cgroup"]);
+    assert!(seen.lines().any(|line| line == "0::/init"), "{seen}");
+    container.stop(0).unwrap();
+    container.remove().unwrap();
+    assert!(!own.exists());
+}
+
 #[test]
 fn a_deadline_that_passes_ends_the_exec_and_says_so() {
     let node = Node::start();

@@ -206,7 +206,13 @@ fn a_daemon_reload_of_systemd_changes_neither_limits_nor_devices() {
     config.resources().cpu_quota = 33_000;
     config.resources().cpu_period = 70_000;
     config.resources().cpu_shares = 300;
+    // As the kubelet says how much swap there is, and with its feature MemoryQoS.
+    for (file, value) in [("memory.high", 80 * MIB), ("memory.swap.max", 8 * MIB)] {
+        let unified = &mut config.resources().unified;
+        unified.insert(file.to_owned(), value.to_string());
+    }
     let container = pod.start_as(config);
+    let raw = || ["memory.high", "memory.swap.max"].map(|file| read(&container, "", file));
     let change = cri::LinuxContainerResources {
         memory_limit_in_bytes: 96 * MIB,
         ..Default::default()
@@ -216,6 +222,8 @@ fn a_daemon_reload_of_systemd_changes_neither_limits_nor_devices() {
                       head -c1 /mem >/dev/null 2>&1 && echo mem; true";
     let before = in_force(&container);
     assert_eq!((before.cpu_quota, before.cpu_period), (33_000, 70_000));
+    let raw_before = [80 * MIB, 8 * MIB].map(|bytes| bytes.to_string());
+    assert_eq!(raw(), raw_before, "a new limit leaves the others");
     let systemctl = |args: &[&str]| {
         let done = std::process::Command::new("systemctl").args(args).status();
         assert!(done.expect("systemctl").success(), "{args:?}");
@@ -224,6 +232,7 @@ fn a_daemon_reload_of_systemd_changes_neither_limits_nor_devices() {
     // And something that has systemd look at its cgroups anew.
     systemctl(&["start", "systemd-tmpfiles-clean.service"]);
     assert_eq!(in_force(&container), before);
+    assert_eq!(raw(), raw_before);
     assert_eq!(container.exec(&["sh", "-c", try_device]), "null\n");
     assert_eq!(container.state(), cri::ContainerState::ContainerRunning);
 }
