@@ -120,8 +120,8 @@ struct Container {
     pid: i32,
     /// As long as an OCI runtime has not made it, the driver's.
     pidfd: OwnedFd,
-    /// The process that drives an OCI runtime, while `pidfd` is its; else 0.
-    driver: i32,
+    /// What drives an OCI runtime, until it has started it.
+    driver: Option<(i32, OwnedFd)>,
     /// It ended before its start had.
     early: Option<Ended>,
     start_ticks: u64,
@@ -395,10 +395,13 @@ impl Monitor {
         if !matches!(container.phase, Phase::Starting(_)) {
             return;
         }
+        let _ = pidfd::send_signal(&container.pidfd, libc::SIGKILL);
         // An OCI runtime's driver leads a group, with the runtime and its hooks in it.
-        // Where this works it is not reaped yet, so the number is still its own.
-        if pidfd::send_signal(&container.pidfd, libc::SIGKILL).is_ok() && container.driver > 0 {
-            let _ = process::signal_group(container.driver, libc::SIGKILL);
+        // Where the first works it is not reaped yet, so the number is still its own.
+        if let Some((driver, pidfd)) = &container.driver
+            && pidfd::send_signal(pidfd, libc::SIGKILL).is_ok()
+        {
+            let _ = process::signal_group(*driver, libc::SIGKILL);
         }
     }
 

@@ -302,6 +302,12 @@ fn keep_writable(root: Root<'_>, path: &str) -> Result<(), Failed> {
         }
         Err(error) => return Err(Failed::new("keep writable", path, error)),
     };
+    let stat = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).step("keep writable", path);
+    let (found, whole) = (stat(target.as_fd())?, stat(root.0)?);
+    // A link that leads to the root itself: that is to be read-only.
+    if (found.st_dev, found.st_ino) == (whole.st_dev, whole.st_ino) {
+        return Ok(());
+    }
     let copy = mount::clone_tree_at(&target, true).step("keep writable", path)?;
     mount::attach(copy, target).step("keep writable", path)
 }

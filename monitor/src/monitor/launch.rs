@@ -220,10 +220,12 @@ impl Monitor {
         // Without, an answer is only heard when the logger ends.
         let _ = watch(&self.epoll, &control, logger_token);
         let driven = launch.oci_runtime.is_some();
+        let driver = driven.then(|| pidfd.try_clone().ok()).flatten();
+        let driver = driver.map(|pidfd| (pid, pidfd));
         let container = Container {
             pid: if driven { 0 } else { pid },
             pidfd,
-            driver: if driven { pid } else { 0 },
+            driver,
             early: None,
             start_ticks: reaper::start_ticks(pid),
             started_at: 0,
@@ -268,12 +270,11 @@ impl Monitor {
             return;
         };
         let (pid, pidfd) = (&mut container.pid, &mut container.pidfd);
-        let (ticks, driver) = (&mut container.start_ticks, &mut container.driver);
+        let ticks = &mut container.start_ticks;
         // It waits for the driver's word, so it is there.
         let hold = |made: i32| {
             *pidfd = pidfd::open(made)?;
             *pid = made;
-            *driver = 0;
             *ticks = reaper::start_ticks(made);
             Ok(())
         };
@@ -289,6 +290,7 @@ impl Monitor {
             return;
         }
         container.phase = Phase::Running;
+        container.driver = None;
         container.started_at = now();
         let early = container.early.take();
         self.sources.remove(&token);

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The mounts stand in the host's table, as such a runtime needs paths. They,
-//! the bundle and what the runtime keeps go when the container has ended.
+//! the bundle and what the runtime keeps go when the container has ended. Its hooks
+//! are the runtime's to run.
 //!
 //! Source: OCI runtime-spec, `bundle.md`.
 
@@ -208,6 +209,7 @@ impl Inner {
                 (LinuxNamespaceType::Pid, None) => held.get("pid").cloned(),
                 (LinuxNamespaceType::Ipc, _) => held.get("ipc").cloned(),
                 (LinuxNamespaceType::Uts, _) => held.get("uts").cloned(),
+                (LinuxNamespaceType::User, _) => held.get("user").cloned(),
                 _ => continue,
             };
             let kind = namespace.typ().to_string();
@@ -283,28 +285,46 @@ impl Inner {
         self.clear_bundle(container).map_err(internal(text()))
     }
 
-    /// Takes the bundle's mounts and files away, one by one: a mount that stays
-    /// must not be emptied.
+    /// Takes the bundle's mounts and files away.
     pub(super) fn clear_bundle(&self, container: &ContainerRecord) -> io::Result<()> {
-        let dir = self.bundle(container);
-        let mut places = vec![dir.join("rootfs")];
-        places.extend(entries(&dir.join("volumes"))?);
-        for place in places {
-            loop {
-                match mount::detach(&place) {
-                    Ok(()) => {}
-                    Err(Errno::INVAL | Errno::NOENT) => break,
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            remove(&place)?;
-        }
-        remove(&dir.join("volumes"))?;
-        for file in entries(&dir)? {
-            remove(&file)?;
-        }
-        remove(&dir)
+        clear(&self.bundle(container))
     }
+
+    /// Takes bundles away whose containers are not there any more. Blocks.
+    pub(super) fn sweep_bundles(&self) {
+        let view = self.objects.view();
+        for dir in entries(&self.settings.run.join("bundles")).unwrap_or_default() {
+            let name = dir.file_name().and_then(|name| name.to_str());
+            if name.is_none_or(|id| view.container(id).is_some()) {
+                continue;
+            }
+            if let Err(error) = clear(&dir) {
+                tracing::warn!(bundle = %dir.display(), %error, "a bundle of nobody's stays");
+            }
+        }
+    }
+}
+
+/// Takes a bundle's mounts and files away, one by one: a mount that stays must not
+/// be emptied.
+fn clear(dir: &Path) -> io::Result<()> {
+    let mut places = vec![dir.join("rootfs")];
+    places.extend(entries(&dir.join("volumes"))?);
+    for place in places {
+        loop {
+            match mount::detach(&place) {
+                Ok(()) => {}
+                Err(Errno::INVAL | Errno::NOENT) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        remove(&place)?;
+    }
+    remove(&dir.join("volumes"))?;
+    for file in entries(dir)? {
+        remove(&file)?;
+    }
+    remove(dir)
 }
 
 /// An OCI process as a runtime's `exec` takes it.

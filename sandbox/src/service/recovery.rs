@@ -286,6 +286,7 @@ async fn sweep(inner: &Arc<Inner>) {
                 tracing::warn!(container = %id, error = &*error, "a file system of nobody's stays");
             }
         }
+        me.sweep_bundles();
         match me.network.gc_builtin(&|id| me.has_network(id)) {
             Ok(freed) if freed.is_empty() => {}
             Ok(freed) => tracing::info!(?freed, "took back networks of nobody's"),
