@@ -16,7 +16,7 @@ use berth_sys::process::Strings;
 use berth_sys::seccomp::Filter;
 use berth_sys::{Errno, caps, process};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// CAP_SYS_ADMIN's bit.
@@ -172,8 +172,12 @@ pub fn install_terminal(wanted: &Process, slave: &OwnedFd) -> Result<(), Failed>
     Ok(())
 }
 
+/// The very last steps: capabilities, filter, execve. Returns only a failure.
+pub type LastSteps<'a> = dyn Fn(&CStr, &Strings, &Strings) -> Failed + 'a;
+
 /// Goes through all that is left and becomes the program. `before_exec` is
-/// called when nothing but the filter and execve is to come.
+/// called when nothing but the filter and execve is to come, with just these: a
+/// child of it can become another program in the program's place.
 ///
 /// Returns only a failure, which the caller must send with
 /// [`status::encode_failed`] and write(2): the filter may be in force.
@@ -181,7 +185,7 @@ pub fn become_program(
     wanted: &Process,
     prepared: &Prepared,
     status: BorrowedFd<'_>,
-    before_exec: impl FnOnce() -> Result<(), Failed>,
+    before_exec: impl FnOnce(&LastSteps<'_>) -> Result<(), Failed>,
 ) -> Failed {
     match try_become(wanted, prepared, status, before_exec) {
         Ok(never) => match never {},
@@ -193,7 +197,7 @@ fn try_become(
     wanted: &Process,
     prepared: &Prepared,
     status: BorrowedFd<'_>,
-    before_exec: impl FnOnce() -> Result<(), Failed>,
+    before_exec: impl FnOnce(&LastSteps<'_>) -> Result<(), Failed>,
 ) -> Result<std::convert::Infallible, Failed> {
     set_limits(wanted)?;
     rustix::process::umask(Mode::from_raw_mode(wanted.umask.unwrap_or(0o022) & 0o777));
@@ -242,21 +246,16 @@ fn try_become(
     if let Some((file, label)) = &prepared.selinux {
         write_whole(file, label).step("set SELinux label", &wanted.selinux_label)?;
     }
-    before_exec()?;
-    // Whatever is still open goes with exec; 0 to 2 are the container's.
-    berth_sys::fd::close_on_exec_from(3).step("close_range", "")?;
-    status::send(status, &Note::Ready).step("report", "ready")?;
-
     let set_caps = || {
         caps::set(wanted_sets).step("set capabilities", "")?;
         caps::ambient(wanted.cap_ambient & wanted_sets.permitted & wanted_sets.inheritable)
             .step("set capabilities", "ambient set")
     };
-    match &prepared.filter {
+    let confine = || match &prepared.filter {
         // With no_new_privs anybody may install it, so it comes last.
         Some(filter) if wanted.no_new_privs => {
             set_caps()?;
-            filter.install().step("seccomp", "the filter")?;
+            filter.install().step("seccomp", "the filter")
         }
         Some(filter) => {
             let with_admin = caps::Sets {
@@ -266,16 +265,23 @@ fn try_become(
             };
             caps::set(with_admin).step("set capabilities", "CAP_SYS_ADMIN for seccomp")?;
             filter.install().step("seccomp", "the filter")?;
-            set_caps()?;
+            set_caps()
         }
-        None => set_caps()?,
-    }
-    let error = process::exec(&program, &prepared.argv, &prepared.env);
-    Err(Failed::new(
-        "exec",
-        String::from_utf8_lossy(program.to_bytes()),
-        error,
-    ))
+        None => set_caps(),
+    };
+    let last_steps = |program: &CStr, argv: &Strings, env: &Strings| match confine() {
+        Ok(()) => Failed::new(
+            "exec",
+            String::from_utf8_lossy(program.to_bytes()),
+            process::exec(program, argv, env),
+        ),
+        Err(failed) => failed,
+    };
+    before_exec(&last_steps)?;
+    // Whatever is still open goes with exec; 0 to 2 are the container's.
+    berth_sys::fd::close_on_exec_from(3).step("close_range", "")?;
+    status::send(status, &Note::Ready).step("report", "ready")?;
+    Err(last_steps(&program, &prepared.argv, &prepared.env))
 }
 
 /// chdir that follows no magic link, so not /proc/self/fd/N either.

@@ -47,7 +47,7 @@ impl Exec<'_> {
         process::reset_signals();
         let failed = match self.set_up() {
             Ok((wanted, prepared)) => {
-                become_program::become_program(wanted, &prepared, self.status.as_fd(), || Ok(()))
+                become_program::become_program(wanted, &prepared, self.status.as_fd(), |_| Ok(()))
             }
             Err(failed) => failed,
         };

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! (clone: PID namespace, cgroup v2) ─> session ─> cgroups v1 ─> user, net, ipc, uts
-//!   ─> mount and cgroup namespaces ─> root file system ─> console ─> pivot
-//!   ─> streams ─> limits, user, capabilities ─> gate: the log is open ─> filter ─> execve
+//!   ─> mount and cgroup namespaces ─> root file system ─> console ─> hooks ─> pivot
+//!   ─> streams ─> limits, user, capabilities ─> gate: the log is open ─> hooks ─> filter ─> execve
 //! ```
 //!
 //! Runs in the child of a process with one thread, so it may allocate. The
@@ -12,8 +12,8 @@
 
 use crate::become_program::{self, Prepared};
 use crate::beneath::Root;
-use crate::rootfs;
 use crate::status::{self, Failed, Note, Step};
+use crate::{hooks, rootfs};
 use berth_proto::monitor_v1 as proto;
 use berth_sys::clone::flag;
 use berth_sys::namespace::{self, Kind};
@@ -67,6 +67,8 @@ pub struct Init<'a> {
     pub pod: &'a PodNamespaces,
     /// To the monitor.
     pub status: &'a OwnedFd,
+    /// To who runs the hooks of the host's namespaces; `None` without any.
+    pub hooks: Option<&'a OwnedFd>,
     /// One byte comes here once the log is open; `None` without a log.
     pub gate: Option<&'a OwnedFd>,
     /// stdin, stdout, stderr; `None` for the container's /dev/null.
@@ -81,6 +83,7 @@ impl Init<'_> {
         keep.extend(pod.into_iter().flatten().map(AsRawFd::as_raw_fd));
         keep.extend(self.streams.iter().flatten().map(|fd| fd.as_raw_fd()));
         keep.extend(self.gate.map(AsRawFd::as_raw_fd));
+        keep.extend(self.hooks.map(AsRawFd::as_raw_fd));
         keep.push(self.status.as_raw_fd());
         keep
     }
@@ -91,8 +94,10 @@ impl Init<'_> {
         let failed = match self.set_up() {
             Ok(prepared) => {
                 let wanted = wanted(self.launch);
-                become_program::become_program(wanted, &prepared, self.status.as_fd(), || {
-                    self.pass_gate()
+                let status = self.status.as_fd();
+                become_program::become_program(wanted, &prepared, status, |become_hook| {
+                    self.pass_gate()?;
+                    hooks::in_container(self.launch.hooks.as_ref(), become_hook)
                 })
             }
             Err(failed) => failed,
@@ -141,6 +146,7 @@ impl Init<'_> {
             // One that cannot be made is reported when it is entered.
             let _ = root.make_dir(&wanted.cwd);
         }
+        hooks::before_change_of_root(launch.hooks.as_ref(), self.hooks)?;
         rootfs::restrict(root, launch, self.fds)?;
         rootfs::enter(root)?;
 

@@ -3,6 +3,7 @@
 //! ```text
 //! berth-monitor --pod ID --listen-fd 3 [--line-bytes N]
 //! berth-monitor --user-namespace                    (see `user_namespace`)
+//! berth-monitor --hooks                             (see `hooks`)
 //! ```
 //!
 //! It makes the pod's namespaces, launches containers and execs, reaps, keeps
@@ -11,13 +12,14 @@
 //!
 //! Where to read: `monitor` is the waiting loop and all state. Everything else
 //! runs in its children: `namespaces`, `init` (with `rootfs`, `beneath`,
-//! `become_program`), `exec`, `log` (with `line`), `reaper`. `wire` is a
+//! `become_program`, `hooks`), `exec`, `log` (with `line`), `reaper`. `wire` is a
 //! client's connection, `status` what children report.
 #![forbid(unsafe_code)]
 
 mod become_program;
 mod beneath;
 mod exec;
+mod hooks;
 mod init;
 pub mod line;
 pub mod log;
@@ -45,6 +47,9 @@ pub fn main() -> ExitCode {
     }
     if std::env::args().skip(1).eq(["--hold"]) {
         return hold();
+    }
+    if std::env::args().skip(1).eq(["--hooks"]) {
+        return hooks::serve_daemon();
     }
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,

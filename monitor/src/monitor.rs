@@ -120,6 +120,8 @@ struct Container {
     pid: i32,
     /// As long as an OCI runtime has not made it, the driver's.
     pidfd: OwnedFd,
+    /// What drives an OCI runtime, until it has started it.
+    driver: Option<(i32, OwnedFd)>,
     /// It ended before its start had.
     early: Option<Ended>,
     start_ticks: u64,
@@ -351,6 +353,7 @@ impl Monitor {
                     _ => None,
                 },
                 log: Some(Counts::read(&container.log_page).into_proto()),
+                starting: matches!(container.phase, Phase::Starting(_)),
             });
         proto::State {
             containers: containers.collect(),
@@ -382,6 +385,24 @@ impl Monitor {
             .get(&request.container_id)
             .ok_or_else(|| Refused::NotFound(detail.clone()))?;
         Ok(pidfd::send_signal(&container.pidfd, request.signal).step("signal", detail)?)
+    }
+
+    /// Kills what is on its way to a container's program; its end is heard as any other.
+    fn call_off(&self, id: &str) {
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        if !matches!(container.phase, Phase::Starting(_)) {
+            return;
+        }
+        let _ = pidfd::send_signal(&container.pidfd, libc::SIGKILL);
+        // An OCI runtime's driver leads a group, with the runtime and its hooks in it.
+        // Where the first works it is not reaped yet, so the number is still its own.
+        if let Some((driver, pidfd)) = &container.driver
+            && pidfd::send_signal(pidfd, libc::SIGKILL).is_ok()
+        {
+            let _ = process::signal_group(*driver, libc::SIGKILL);
+        }
     }
 
     fn resize(&self, request: &proto::ResizeTty) -> Result<(), Refused> {

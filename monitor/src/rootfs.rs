@@ -1,8 +1,9 @@
 //! The file system a container sees, put together in its own mount namespace.
 //!
 //! ```text
-//! root attached over "/" ─> mounts ─> devices, links ─> console ─> masked, read-only paths
-//!   ─> root read-only ─> pivot_root(".", ".") ─> old root detached
+//! root attached over "/" (with hooks: over the bundle's rootfs) ─> mounts ─> devices, links
+//!   ─> console ─> hooks ─> volumes, masked, read-only paths ─> root read-only
+//!   ─> pivot_root(".", ".") ─> old root detached
 //! ```
 //!
 //! What comes from outside arrives as detached mounts; what is mounted here is
@@ -19,7 +20,7 @@ use crate::status::{Failed, Step};
 use berth_proto::monitor_v1 as proto;
 use berth_sys::Errno;
 use berth_sys::mount::{self, Change, Propagation, attr};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -40,8 +41,13 @@ pub fn assemble(launch: &proto::Launch, fds: &[OwnedFd]) -> Result<OwnedFd, Fail
     };
     mount::set_attr(rootfs, change, true).step("mount_setattr", "rootfs")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let old = rustix::fs::open(c"/", flags, Mode::empty()).step("open", "/")?;
-    mount::attach(rootfs, &old).step("attach rootfs", "/")?;
+    // Nothing has to be there for "/"; hooks are told of a bundle, and look for it in there.
+    let place = match &launch.hooks {
+        Some(hooks) => format!("{}/rootfs", hooks.bundle),
+        None => "/".to_owned(),
+    };
+    let old = rustix::fs::open(&place, flags, Mode::empty()).step("open", &place)?;
+    mount::attach(rootfs, &old).step("attach rootfs", &place)?;
     let rootfs = rootfs
         .try_clone_to_owned()
         .map_err(|_| Failed::invalid("dup", "rootfs"))?;
@@ -213,6 +219,11 @@ pub fn restrict(root: Root<'_>, launch: &proto::Launch, fds: &[OwnedFd]) -> Resu
         set: attr::RDONLY,
         ..Change::default()
     };
+    if launch.rootfs_readonly {
+        for path in &launch.writable_directories {
+            keep_writable(root, path)?;
+        }
+    }
     for path in &launch.readonly_paths {
         let Some(target) = existing(root, path)? else {
             continue;
@@ -274,6 +285,31 @@ pub fn restrict(root: Root<'_>, launch: &proto::Launch, fds: &[OwnedFd]) -> Resu
         mount::set_attr(root.0, read_only, false).step("make read-only", "/")?;
     }
     Ok(())
+}
+
+/// Puts a mount of its own over a directory of the root file system, which stays
+/// writable when the root's own mount becomes read-only: same files, same owners,
+/// and what is written is in the container's layer as everything else.
+///
+/// The path is the image's, so a stranger's: what is not a directory, or is another
+/// mount's, is passed over.
+fn keep_writable(root: Root<'_>, path: &str) -> Result<(), Failed> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let target = match root.open(path, flags, ResolveFlags::NO_XDEV) {
+        Ok(target) => target,
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::ACCESS) => {
+            return Ok(());
+        }
+        Err(error) => return Err(Failed::new("keep writable", path, error)),
+    };
+    let stat = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).step("keep writable", path);
+    let (found, whole) = (stat(target.as_fd())?, stat(root.0)?);
+    // A link that leads to the root itself: that is to be read-only.
+    if (found.st_dev, found.st_ino) == (whole.st_dev, whole.st_ino) {
+        return Ok(());
+    }
+    let copy = mount::clone_tree_at(&target, true).step("keep writable", path)?;
+    mount::attach(copy, target).step("keep writable", path)
 }
 
 /// What is at `path`, if anything is.

@@ -52,6 +52,10 @@ pub mod monitor_v1 {
         pub const ATTACH: u64 = 1 << 1;
         /// Launch and Exec through an OCI runtime; State has the held namespaces.
         pub const OCI_RUNTIME: u64 = 1 << 2;
+        /// Launch with hooks, CallOff; State says what is starting.
+        pub const HOOKS: u64 = 1 << 3;
+        /// Directories that stay writable on a read-only root.
+        pub const VOLUMES: u64 = 1 << 4;
     }
 
     /// Longest frame either side accepts, in bytes: larger than the kernel's

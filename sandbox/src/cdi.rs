@@ -62,12 +62,12 @@ pub enum CdiError {
         /// The other.
         second: PathBuf,
     },
-    /// The file asks for what Berth's launcher does not do.
-    #[error("the CDI device {name} needs {what}, which containers of this handler cannot have")]
+    /// The file asks for what is not done here.
+    #[error("the CDI device {name} needs {what}, which containers cannot have here")]
     Unsupported {
         /// vendor/class=device.
         name: String,
-        /// "the OCI hook createContainer".
+        /// "Intel RDT".
         what: String,
     },
     /// Not vendor/class=device.
@@ -305,11 +305,9 @@ fn read(path: &Path) -> Result<File, FileError> {
     })
 }
 
-/// Whether the built-in launcher does what these edits ask for.
+/// Whether all is done here that these edits ask for.
 fn supported(name: &str, edits: &ContainerEdits) -> Result<(), CdiError> {
-    let what = if let Some(hook) = edits.hooks.first() {
-        format!("the OCI hook {}", hook.hook_name)
-    } else if edits.intel_rdt.is_some() {
+    let what = if edits.intel_rdt.is_some() {
         "Intel RDT".to_owned()
     } else if let Some(device) = edits.net_devices.first() {
         format!("the network device {}", device.host_interface_name)

@@ -210,7 +210,8 @@ pub struct Extra {
     pub join_user: bool,
     /// Join the PID namespace of this container instead; empty for none.
     pub target_container_id: String,
-    /// Directories to be there, besides those that something is mounted at.
+    /// Directories to be there, besides those that something is mounted at; they
+    /// stay writable when the root is read-only.
     pub directories: Vec<String>,
     /// User namespaces for the mounts that map owners, by their maps: see
     /// [`mappings`].
@@ -305,6 +306,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
 
     let launch = proto::Launch {
         oci_runtime: None,
+        hooks: None,
         container_id: extra.container_id,
         process: Some(process),
         new_pid: own(LinuxNamespaceType::Pid),
@@ -336,6 +338,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         hostname: String::new(),
         sysctls: sysctls(linux.sysctl().as_ref()),
         cgroup: Some(planner.cgroup),
+        writable_directories: extra.directories.clone(),
         directories: extra.directories,
         // The node's, not the spec's: the caller's to add.
         log_policy: None,

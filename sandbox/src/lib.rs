@@ -14,6 +14,7 @@ pub mod container_spec;
 pub mod error;
 pub mod events;
 pub mod handler;
+pub mod hooks;
 pub mod id;
 pub mod image;
 pub mod launch;

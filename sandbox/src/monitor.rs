@@ -50,10 +50,10 @@ pub enum MonitorError {
     #[error("the monitor went away")]
     Lost,
     /// No answer in time.
-    #[error("the monitor did not answer within {} s", ANSWER.as_secs())]
+    #[error("the monitor did not answer in time")]
     Silent,
     /// The monitor tried and failed.
-    #[error("{stage} {detail}: {}", errno_text(*errno))]
+    #[error("{stage} {detail}{}", errno_text(*errno))]
     Refused {
         /// The step.
         stage: String,
@@ -79,9 +79,10 @@ pub enum MonitorError {
 
 fn errno_text(errno: i32) -> String {
     if errno == 0 {
-        "refused".into()
+        // The detail says all there is.
+        String::new()
     } else {
-        io::Error::from_raw_os_error(errno).to_string()
+        format!(": {}", io::Error::from_raw_os_error(errno))
     }
 }
 
@@ -320,6 +321,19 @@ impl Monitor {
         body: request::Body,
         fds: Vec<OwnedFd>,
     ) -> Result<Answer, MonitorError> {
+        self.ask_within(body, fds, Duration::ZERO).await
+    }
+
+    /// As [`Monitor::ask`], for what may take `longer` than an answer does.
+    ///
+    /// # Errors
+    /// As [`Monitor::ask`].
+    pub async fn ask_within(
+        &self,
+        body: request::Body,
+        fds: Vec<OwnedFd>,
+        longer: Duration,
+    ) -> Result<Answer, MonitorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
@@ -337,7 +351,7 @@ impl Monitor {
             lock(&self.waiting).remove(&id);
             return Err(error);
         }
-        let answer = match tokio::time::timeout(ANSWER, receiver).await {
+        let answer = match tokio::time::timeout(ANSWER.saturating_add(longer), receiver).await {
             Ok(answer) => answer.map_err(|_| MonitorError::Lost)?,
             Err(_) => {
                 lock(&self.waiting).remove(&id);

@@ -38,7 +38,7 @@ use std::io;
 use std::path::PathBuf;
 
 /// The version of the runtime spec that what we write follows.
-const OCI_VERSION: &str = "1.2.0";
+pub(crate) const OCI_VERSION: &str = "1.2.0";
 
 /// Why no spec can be made of what was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -423,7 +423,7 @@ pub fn build(input: &Input<'_>) -> Result<Built, OciError> {
                 .then(|| input.files.hostname_text.clone()),
         )
         .set_mounts(Some(mounts))
-        .set_annotations(Some(annotations(input)))
+        .set_annotations(Some(annotations(input.pod_id, input.pod, input.container)))
         .set_linux(Some(linux));
     Ok(Built {
         spec,
@@ -619,16 +619,20 @@ fn some(text: &str) -> Option<String> {
 /// What tools of other runtimes look for.
 ///
 /// Source: containerd, `pkg/cri/annotations`: the names only.
-fn annotations(input: &Input<'_>) -> HashMap<String, String> {
-    let pod = &input.pod.name;
+pub(crate) fn annotations(
+    pod_id: &PodId,
+    pod: &PodSpec,
+    container: &ContainerSpec,
+) -> HashMap<String, String> {
+    let pod = &pod.name;
     [
         ("container-type", "container"),
-        ("sandbox-id", input.pod_id.as_str()),
+        ("sandbox-id", pod_id.as_str()),
         ("sandbox-name", &pod.name),
         ("sandbox-namespace", &pod.namespace),
         ("sandbox-uid", &pod.uid),
-        ("container-name", &input.container.name.name),
-        ("image-name", &input.container.image.image),
+        ("container-name", &container.name.name),
+        ("image-name", &container.image.image),
     ]
     .into_iter()
     .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned()))

@@ -363,7 +363,8 @@ sections! {
         /// /usr/share/zoneinfo. Its file is mounted at /etc/localtime.
         timezone: String = String::new();
         /// What becomes of the paths that an image calls volumes and the pod mounts nothing at:
-        /// "directory" makes them in the container's own layer, "ignore" leaves them as they are.
+        /// "directory" makes them in the container's own layer, with what the image has there, and
+        /// keeps them writable when the root is read-only; "ignore" leaves them as they are.
         image_volumes: ImageVolumes = ImageVolumes::Directory;
         /// Whether containers without privileges may write to their own cgroup. cgroup v2 only.
         writable_cgroup: bool = false;

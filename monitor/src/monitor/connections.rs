@@ -138,7 +138,9 @@ impl Monitor {
                     protocol: proto::PROTOCOL,
                     features: proto::feature::BASE
                         | proto::feature::ATTACH
-                        | proto::feature::OCI_RUNTIME,
+                        | proto::feature::OCI_RUNTIME
+                        | proto::feature::HOOKS
+                        | proto::feature::VOLUMES,
                     pod_id: self.options.pod.clone(),
                     pid: std::process::id() as i32,
                     version: env!("CARGO_PKG_VERSION").into(),
@@ -157,6 +159,10 @@ impl Monitor {
             Some(Body::ReopenLog(request)) => self.reopen_log(asker, &request.container_id),
             Some(Body::Attach(attach)) => self.attach(asker, attach, fds),
             Some(Body::Signal(signal)) => self.signal(&signal).map(Some),
+            Some(Body::CallOff(request)) => {
+                self.call_off(&request.container_id);
+                Ok(Some(()))
+            }
             Some(Body::ResizeTty(resize)) => self.resize(&resize).map(Some),
             Some(Body::Forget(forget)) => self.forget(&forget.container_id).map(Some),
             Some(Body::Shutdown(_)) => self.shutdown().map(Some),

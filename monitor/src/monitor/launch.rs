@@ -2,6 +2,7 @@
 
 use super::logs::{LoggerProcess, LoggerStreams};
 use super::*;
+use crate::hooks;
 
 /// Containers at a time, ended ones that nobody forgot included.
 const MAX_CONTAINERS: usize = 1024;
@@ -165,11 +166,16 @@ impl Monitor {
         }
 
         let (ours, theirs) = status::pair().step("socketpair", "")?;
+        let hooks = launch.hooks.as_ref().filter(|hooks| hooks::of_host(hooks));
+        let runner = hooks
+            .map(|_| status::pair().step("socketpair", "hooks"))
+            .transpose()?;
         let init = Init {
             launch: &launch,
             fds: &fds,
             pod: &self.pod,
             status: &theirs,
+            hooks: runner.as_ref().map(|(_, init)| init),
             gate: Some(&gate),
             streams: [
                 streams.stdin.as_ref(),
@@ -196,6 +202,13 @@ impl Monitor {
         // Otherwise the logger ends by itself: nobody holds its streams or control.
         let (pid, pidfd) = child?;
         drop(theirs);
+        if let (Some(hooks), Some((runner, _))) = (hooks, &runner)
+            && let Err(failed) = fork_runner(hooks, pid, runner)
+        {
+            let _ = pidfd::send_signal(&pidfd, libc::SIGKILL);
+            return Err(failed.into());
+        }
+        drop(runner);
 
         let token = self.token(Source::Init(id.clone()));
         if let Err(error) = watch(&self.epoll, &ours, token) {
@@ -207,9 +220,12 @@ impl Monitor {
         // Without, an answer is only heard when the logger ends.
         let _ = watch(&self.epoll, &control, logger_token);
         let driven = launch.oci_runtime.is_some();
+        let driver = driven.then(|| pidfd.try_clone().ok()).flatten();
+        let driver = driver.map(|pidfd| (pid, pidfd));
         let container = Container {
             pid: if driven { 0 } else { pid },
             pidfd,
+            driver,
             early: None,
             start_ticks: reaper::start_ticks(pid),
             started_at: 0,
@@ -274,6 +290,7 @@ impl Monitor {
             return;
         }
         container.phase = Phase::Running;
+        container.driver = None;
         container.started_at = now();
         let early = container.early.take();
         self.sources.remove(&token);
@@ -322,6 +339,17 @@ pub(super) fn fork_driver(
     match clone::fork(clone::Options::default()).step("clone", driver.container_id)? {
         Forked::Child => process::child(driver.keep(), || body(driver)),
         Forked::Parent { pid, pidfd } => Ok((pid, pidfd)),
+    }
+}
+
+/// Clones the child that runs hooks in the host's namespaces while init waits. It
+/// ends with init, which holds the other end of `socket`.
+fn fork_runner(hooks: &proto::Hooks, pid: i32, socket: &OwnedFd) -> Result<(), Failed> {
+    match clone::fork(clone::Options::default()).step("clone", "hooks")? {
+        Forked::Child => process::child(vec![socket.as_raw_fd()], || {
+            hooks::serve_init(hooks, pid, socket)
+        }),
+        Forked::Parent { .. } => Ok(()),
     }
 }
 

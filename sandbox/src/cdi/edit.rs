@@ -58,6 +58,9 @@ pub fn apply(edits: &Edits, built: &mut Built) {
         }
         add_groups(&mut built.spec, edits);
     }
+    if let Some(hooks) = crate::hooks::of_devices(edits) {
+        built.spec.set_hooks(Some(hooks));
+    }
 }
 
 /// Replaces the variable of that name, else appends it.

@@ -91,12 +91,8 @@ fn a_bad_file_costs_only_its_own_devices_and_is_named() {
 }
 
 #[test]
-fn what_the_launcher_does_not_do_is_refused_by_name() {
+fn what_is_not_done_here_is_refused_by_name() {
     let cases = [
-        (
-            r#"{"hooks":[{"hookName":"createContainer","path":"/bin/true"}]}"#,
-            "createContainer",
-        ),
         (r#"{"intelRdt":{"closID":"a"}}"#, "RDT"),
         (
             r#"{"netDevices":[{"hostInterfaceName":"eth9","name":"net0"}]}"#,

@@ -163,6 +163,7 @@ impl Inner {
                 Ok(())
             })?;
             // What cannot be said as an OCI spec is refused now and not at the start.
+            me.hooks(&record)?;
             let devices = oci::device_rules(&me.runtime_spec(&record)?.0);
             let text = format!("cannot make the cgroup of container {}", record.id);
             me.cgroups

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The mounts stand in the host's table, as such a runtime needs paths. They,
-//! the bundle and what the runtime keeps go when the container has ended.
+//! the bundle and what the runtime keeps go when the container has ended. Its hooks
+//! are the runtime's to run.
 //!
 //! Source: OCI runtime-spec, `bundle.md`.
 
@@ -18,6 +19,7 @@ use crate::container::ContainerRecord;
 use crate::container_spec::{ContainerSpec, SeccompProfile};
 use crate::error::{Kind, Result, SandboxError};
 use crate::handler::{BUILT_IN, OciRuntime};
+use crate::hooks::Plan;
 use crate::monitor::Monitor;
 use crate::pod::PodRecord;
 use crate::pod_spec::{PidMode, PodSpec};
@@ -80,7 +82,7 @@ impl Inner {
         Ok(())
     }
 
-    fn bundle(&self, container: &ContainerRecord) -> PathBuf {
+    pub(super) fn bundle(&self, container: &ContainerRecord) -> PathBuf {
         self.settings
             .run
             .join("bundles")
@@ -130,7 +132,7 @@ impl Inner {
         Ok(held.map(|held| (held.kind, path(held.fd))).collect())
     }
 
-    /// Lays the bundle out.
+    /// Lays the bundle out; whether it has hooks.
     ///
     /// Blocks on whatever the container has mounted.
     pub(super) fn make_bundle(
@@ -138,9 +140,9 @@ impl Inner {
         pod: &PodRecord,
         container: &ContainerRecord,
         held: &BTreeMap<String, PathBuf>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let Some(runtime) = self.oci_runtime(&pod.spec)? else {
-            return Ok(());
+            return Ok(false);
         };
         let failed = || format!("cannot make the bundle of container {}", container.id);
         let (mut spec, raw_env) = self.runtime_spec(container)?;
@@ -179,11 +181,14 @@ impl Inner {
             set_source(&mut spec, &target, place);
         }
         make_sources(&spec).map_err(internal(failed()))?;
-        let text = with_base(&spec, runtime.base_spec.as_deref()).map_err(invalid(failed()))?;
-        fs::write(dir.join("config.json"), text).map_err(internal(failed()))
+        let spec = with_base(&spec, runtime.base_spec.as_deref()).map_err(invalid(failed()))?;
+        let hooks = Plan::of(&spec).map_err(invalid(failed()))?;
+        let text = serde_json::to_string(&spec).map_err(internal(failed()))?;
+        fs::write(dir.join("config.json"), text).map_err(internal(failed()))?;
+        Ok(!hooks.is_empty())
     }
 
-    fn join_namespaces(
+    pub(super) fn join_namespaces(
         &self,
         spec: &mut Spec,
         container: &ContainerRecord,
@@ -204,6 +209,7 @@ impl Inner {
                 (LinuxNamespaceType::Pid, None) => held.get("pid").cloned(),
                 (LinuxNamespaceType::Ipc, _) => held.get("ipc").cloned(),
                 (LinuxNamespaceType::Uts, _) => held.get("uts").cloned(),
+                (LinuxNamespaceType::User, _) => held.get("user").cloned(),
                 _ => continue,
             };
             let kind = namespace.typ().to_string();
@@ -279,28 +285,46 @@ impl Inner {
         self.clear_bundle(container).map_err(internal(text()))
     }
 
-    /// Takes the bundle's mounts and files away, one by one: a mount that stays
-    /// must not be emptied.
-    fn clear_bundle(&self, container: &ContainerRecord) -> io::Result<()> {
-        let dir = self.bundle(container);
-        let mut places = vec![dir.join("rootfs")];
-        places.extend(entries(&dir.join("volumes"))?);
-        for place in places {
-            loop {
-                match mount::detach(&place) {
-                    Ok(()) => {}
-                    Err(Errno::INVAL | Errno::NOENT) => break,
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            remove(&place)?;
-        }
-        remove(&dir.join("volumes"))?;
-        for file in entries(&dir)? {
-            remove(&file)?;
-        }
-        remove(&dir)
+    /// Takes the bundle's mounts and files away.
+    pub(super) fn clear_bundle(&self, container: &ContainerRecord) -> io::Result<()> {
+        clear(&self.bundle(container))
     }
+
+    /// Takes bundles away whose containers are not there any more. Blocks.
+    pub(super) fn sweep_bundles(&self) {
+        let view = self.objects.view();
+        for dir in entries(&self.settings.run.join("bundles")).unwrap_or_default() {
+            let name = dir.file_name().and_then(|name| name.to_str());
+            if name.is_none_or(|id| view.container(id).is_some()) {
+                continue;
+            }
+            if let Err(error) = clear(&dir) {
+                tracing::warn!(bundle = %dir.display(), %error, "a bundle of nobody's stays");
+            }
+        }
+    }
+}
+
+/// Takes a bundle's mounts and files away, one by one: a mount that stays must not
+/// be emptied.
+fn clear(dir: &Path) -> io::Result<()> {
+    let mut places = vec![dir.join("rootfs")];
+    places.extend(entries(&dir.join("volumes"))?);
+    for place in places {
+        loop {
+            match mount::detach(&place) {
+                Ok(()) => {}
+                Err(Errno::INVAL | Errno::NOENT) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        remove(&place)?;
+    }
+    remove(&dir.join("volumes"))?;
+    for file in entries(dir)? {
+        remove(&file)?;
+    }
+    remove(dir)
 }
 
 /// An OCI process as a runtime's `exec` takes it.
@@ -349,7 +373,7 @@ fn place_for(what: &OwnedFd, place: &Path) -> io::Result<()> {
     }
 }
 
-fn attach(what: &OwnedFd, place: &Path) -> io::Result<()> {
+pub(super) fn attach(what: &OwnedFd, place: &Path) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let onto = rustix::fs::open(place, flags, Mode::empty())?;
     Ok(mount::attach(what, onto)?)
@@ -381,12 +405,12 @@ fn make_sources(spec: &Spec) -> io::Result<()> {
     Ok(())
 }
 
-/// The spec as JSON, above the base where there is one.
-fn with_base(spec: &Spec, base: Option<&Path>) -> io::Result<String> {
-    let ours = serde_json::to_value(spec)?;
+/// The spec, above the base where there is one.
+fn with_base(spec: &Spec, base: Option<&Path>) -> io::Result<Spec> {
     let Some(path) = base else {
-        return Ok(ours.to_string());
+        return Ok(spec.clone());
     };
+    let ours = serde_json::to_value(spec)?;
     let name =
         |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
     if fs::metadata(path).map_err(name)?.len() > MOST_BASE_SPEC {
@@ -394,10 +418,28 @@ fn with_base(spec: &Spec, base: Option<&Path>) -> io::Result<String> {
     }
     let text = fs::read(path).map_err(name)?;
     let mut merged: Value = serde_json::from_slice(&text).map_err(|error| name(error.into()))?;
+    let hooks = all_hooks(&merged["hooks"], &ours["hooks"]);
     merge(&mut merged, ours);
+    if let Some(hooks) = hooks {
+        merged["hooks"] = hooks;
+    }
     // What of a base is no spec is found here, not by the runtime.
-    let merged: Spec = serde_json::from_value(merged).map_err(|error| name(error.into()))?;
-    Ok(serde_json::to_string(&merged)?)
+    serde_json::from_value(merged).map_err(|error| name(error.into()))
+}
+
+/// The base's hooks, then ours, kind by kind; `None` where one of them has none.
+fn all_hooks(base: &Value, ours: &Value) -> Option<Value> {
+    let mut all = base.as_object()?.clone();
+    for (kind, list) in ours.as_object()? {
+        match (
+            all.get_mut(kind).and_then(Value::as_array_mut),
+            list.as_array(),
+        ) {
+            (Some(all), Some(list)) => all.extend(list.iter().cloned()),
+            _ => _ = all.insert(kind.clone(), list.clone()),
+        }
+    }
+    Some(Value::Object(all))
 }
 
 /// Puts `ours` above `base`: objects by key, everything else whole; an empty
@@ -441,8 +483,23 @@ mod tests {
         let error = with_base(&Spec::default(), Some(&path)).unwrap_err();
         assert!(error.to_string().contains("base.json"), "{error}");
         fs::write(&path, r#"{"hooks":{"poststop":[{"path":"/bin/true"}]}}"#).unwrap();
-        let text = with_base(&Spec::default(), Some(&path)).unwrap();
-        assert!(text.contains("/bin/true"), "{text}");
+        let merged = with_base(&Spec::default(), Some(&path)).unwrap();
+        assert_eq!(Plan::of(&merged).unwrap().poststop[0].path, "/bin/true");
+        // Those of the container's devices are run after it.
+        let mut ours = Spec::default();
+        let hooks: oci_spec::runtime::Hooks = serde_json::from_value(json!({
+            "poststop": [{"path": "/ours"}], "poststart": [{"path": "/ours"}],
+        }))
+        .unwrap();
+        ours.set_hooks(Some(hooks));
+        let merged = Plan::of(&with_base(&ours, Some(&path)).unwrap()).unwrap();
+        let paths: Vec<_> = merged
+            .poststop
+            .iter()
+            .map(|hook| hook.path.as_str())
+            .collect();
+        assert_eq!(paths, ["/bin/true", "/ours"]);
+        assert_eq!(merged.poststart.len(), 1);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod create_container;
 mod exec;
 mod exec_session;
 mod foreign;
+mod hooks;
 mod logs;
 mod mounts;
 mod network_gc;
@@ -36,7 +37,7 @@ use crate::seccomp;
 use crate::user_namespace::{Mapped, UserNamespaces};
 use crate::view::{Objects, View};
 use berth_netplugin::network::Network;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -65,11 +66,14 @@ pub const CRASH_POINTS: &[&str] = &[
     "create_container.cgroup",
     "create_container.created",
     "start_container.intent",
+    "start_container.bundle",
     "start_container.planned",
     "start_container.launched",
     "start_container.running",
+    "start_container.poststart",
     "stop_container.signalled",
     "stop_container.ended",
+    "poststop.run",
     "remove_container.record",
     "remove_container.released",
     "stop_pod.record",
@@ -182,7 +186,9 @@ struct Inner {
     monitors: Mutex<HashMap<PodId, Arc<Monitor>>>,
     /// Containers whose Launch the monitor may have: their start ends by itself.
     /// One that is not here yet is still being planned, which may take for ever.
-    launching: Mutex<HashSet<ContainerId>>,
+    /// True: hooks are run on the way, and it is not waited for but called off.
+    launching: Mutex<HashMap<ContainerId, bool>>,
+    poststops: hooks::Poststops,
     events: mpsc::UnboundedSender<(PodId, Event)>,
     network: Arc<Network>,
     cgroups: Arc<Cgroups>,
@@ -236,6 +242,7 @@ impl Sandboxes {
                 program,
                 monitors: Mutex::default(),
                 launching: Mutex::default(),
+                poststops: hooks::Poststops::default(),
                 events,
                 network,
                 cgroups,

@@ -11,10 +11,12 @@
 //! | pod, damaged | anything | NOTREADY, kept until it is stopped or removed by its ID |
 //! | container Creating | anything | removed |
 //! | container Starting | the monitor does not know it | Created: the start can be repeated |
+//! | container Starting | the monitor is still at it, with hooks say | Exited, StartError: it is called off |
 //!
 //! Doubt never changes a state: a monitor that is there and does not answer
 //! leaves its pod as it was, with the doubt in its message.
 
+use super::start_container::{START_ERROR, call_off_launch};
 use super::{Inner, blocking, now};
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
@@ -36,6 +38,10 @@ const ADOPTION: Duration = Duration::from_secs(10);
 /// How often a lost connection is tried again before its monitor counts as gone.
 const RECONNECTS: u32 = 3;
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long starts that were under way may take to come to their end before they are called off.
+const STARTS: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Reported for a container that was running when its node went down: nobody
 /// saw how it ended.
@@ -117,24 +123,14 @@ async fn adopt_ready(inner: &Arc<Inner>, pod: &Arc<PodRecord>) {
 
 /// Brings the records of a pod's containers to what its monitor knows.
 async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Result<()> {
-    let inspect = request::Body::Inspect(monitor_v1::Inspect {});
-    let asked = monitor.ask(inspect, Vec::new()).await;
-    let state = match asked {
-        Ok((reply::Body::State(state), _)) => state,
-        Ok(_) => {
-            return Err(SandboxError::new(
-                Kind::Internal,
-                "the monitor's answer does not fit",
-            ));
-        }
-        Err(error) => {
-            let text = format!(
-                "the monitor of pod sandbox {} does not say what runs",
-                pod.id
-            );
-            return Err(SandboxError::caused(Kind::Internal, text, error));
-        }
-    };
+    let mut state = inspect(pod, monitor).await?;
+    let until = tokio::time::Instant::now() + STARTS;
+    // Most starts are a matter of milliseconds.
+    while state.containers.iter().any(|known| known.starting) && tokio::time::Instant::now() < until
+    {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        state = inspect(pod, monitor).await?;
+    }
     for container in inner.objects.view().containers_of(&pod.id) {
         if !container.state.is_live() {
             continue;
@@ -152,6 +148,17 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
                 started_first(inner, container, *started_at).await;
                 let event = exit_event(exited);
                 Some(inner.explain(&container.id, event, exited.oom_kills).await)
+            }
+            Some(starting) if starting.starting => {
+                call_off_launch(monitor, &container.id).await;
+                Some(ContainerEvent::Exited {
+                    at: now(),
+                    exit: Exit {
+                        code: START_ERROR,
+                        reason: "StartError".into(),
+                        message: "the daemon ended while the container was being started".into(),
+                    },
+                })
             }
             Some(running) if container.state == ContainerState::Starting => {
                 Some(ContainerEvent::Started {
@@ -182,6 +189,24 @@ async fn reconcile(inner: &Arc<Inner>, pod: &PodRecord, monitor: &Monitor) -> Re
         }
     }
     Ok(())
+}
+
+async fn inspect(pod: &PodRecord, monitor: &Monitor) -> Result<monitor_v1::State> {
+    let inspect = request::Body::Inspect(monitor_v1::Inspect {});
+    match monitor.ask(inspect, Vec::new()).await {
+        Ok((reply::Body::State(state), _)) => Ok(state),
+        Ok(_) => Err(SandboxError::new(
+            Kind::Internal,
+            "the monitor's answer does not fit",
+        )),
+        Err(error) => {
+            let text = format!(
+                "the monitor of pod sandbox {} does not say what runs",
+                pod.id
+            );
+            Err(SandboxError::caused(Kind::Internal, text, error))
+        }
+    }
 }
 
 /// A container that ended while nobody listened did start.
@@ -261,6 +286,7 @@ async fn sweep(inner: &Arc<Inner>) {
                 tracing::warn!(container = %id, error = &*error, "a file system of nobody's stays");
             }
         }
+        me.sweep_bundles();
         match me.network.gc_builtin(&|id| me.has_network(id)) {
             Ok(freed) if freed.is_empty() => {}
             Ok(freed) => tracing::info!(?freed, "took back networks of nobody's"),
@@ -310,7 +336,7 @@ async fn release_if_ended(inner: &Arc<Inner>, id: &ContainerId) {
         return;
     };
     if matches!(container.state, ContainerState::Exited { .. })
-        && let Err(error) = inner.release_cgroup(container).await
+        && let Err(error) = inner.release_cgroup(container, None).await
     {
         tracing::warn!(container = %id, error = error.chain(), "its cgroup stays until removal");
     }

@@ -1,5 +1,6 @@
 //! RemoveContainer and RemovePodSandbox.
 
+use super::hooks::LAST_WORDS;
 use super::teardown::together;
 use super::{Inner, Sandboxes, blocking, internal};
 use crate::container::{ContainerEvent, ContainerRecord};
@@ -74,7 +75,7 @@ impl Inner {
         }
         crash::point("remove_container.record");
         enter("release");
-        self.release_cgroup(container).await?;
+        self.release_cgroup(container, Some(LAST_WORDS)).await?;
         let (me, record) = (self.clone(), container.clone());
         blocking(move || {
             let text = format!("cannot remove the file system of container {}", record.id);

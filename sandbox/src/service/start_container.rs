@@ -5,14 +5,15 @@ use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::cgroup::Cgroup;
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
 use crate::error::{Kind, Result, SandboxError};
+use crate::hooks::Plan;
 use crate::id::ContainerId;
 use crate::launch::{self, Extra};
-use crate::monitor::MonitorError;
+use crate::monitor::{Monitor, MonitorError};
 use crate::oci;
 use crate::operation::{Stage, lock};
 use crate::pod::PodRecord;
 use crate::pod_spec::{Namespace, PidMode};
-use berth_proto::monitor_v1::{self, reply, request};
+use berth_proto::monitor_v1::{self, feature, reply, request};
 use berth_store::crash;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What StartError is reported with, as peers do.
-const START_ERROR: i32 = 128;
+pub(super) const START_ERROR: i32 = 128;
 
 impl Sandboxes {
     /// Starts a created container; one that runs counts as started.
@@ -66,7 +67,7 @@ impl Inner {
         let container = self.container_event(id, ContainerEvent::Start).await?;
         crash::point("start_container.intent");
         // Until the outcome is on record: in between the start must not be called off.
-        let _launching = Launching(self, id);
+        let launching = Launching(self, id);
         let started = self.launch(&container, stage).await;
         let (event, outcome) = match started {
             Ok(started) => {
@@ -86,12 +87,23 @@ impl Inner {
                 (ContainerEvent::Exited { at: now(), exit }, Err(error))
             }
         };
-        self.container_event(id, event).await?;
+        let pid = match &event {
+            ContainerEvent::Started { pid, .. } => *pid,
+            _ => 0,
+        };
+        let recorded = self.container_event(id, event).await;
         crash::point("start_container.running");
         if outcome.is_err()
-            && let Err(error) = self.release_cgroup(&container).await
+            && let Err(error) = self.release_cgroup(&container, None).await
         {
             tracing::warn!(container = %id, error = error.chain(), "its cgroup stays until removal");
+        }
+        recorded?;
+        if outcome.is_ok() {
+            drop(launching);
+            stage.enter("poststart");
+            self.poststart(&container, pid).await;
+            crash::point("start_container.poststart");
         }
         outcome
     }
@@ -106,23 +118,35 @@ impl Inner {
         let (me, record) = (self.clone(), container.clone());
         let pod = self.pod(container.pod.as_str())?;
         // Held until the answer is here: then init is in the scope.
-        let (message, fds, _held) =
-            match self.runtime_for_monitor(&pod.spec, container, &monitor)? {
-                None => blocking(move || me.plan(&record))
-                    .await
-                    // Called off meanwhile: what was missing had been taken away.
-                    .map_err(|error| self.called_off(&container.id).unwrap_or(error))?,
-                Some(runtime) => {
-                    let held = Inner::held_namespaces(&monitor).await?;
-                    let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
-                    (planned.await?, Vec::new(), Held::NOTHING)
-                }
-            };
+        let runtime = self.runtime_for_monitor(&pod.spec, container, &monitor)?;
+        let hooks = self.hooks(container)?;
+        // Only who runs hooks or another runtime is told where they can be joined.
+        let held = match runtime.is_some() || !hooks.is_empty() {
+            true => Inner::held_namespaces(&monitor).await?,
+            false => BTreeMap::new(),
+        };
+        let (message, fds, _held, hooked) = match runtime {
+            None => {
+                Inner::check_hooks(&hooks, &monitor)?;
+                let hooked = hooks.for_launch("", "").is_some();
+                let plan = hooks.clone();
+                let planned = blocking(move || me.plan(&record, &plan, &held)).await;
+                // Called off meanwhile: what was missing had been taken away.
+                let (message, fds, held) =
+                    planned.map_err(|error| self.called_off(&container.id).unwrap_or(error))?;
+                (message, fds, held, hooked)
+            }
+            Some(runtime) => {
+                let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
+                let (message, hooked) = planned.await?;
+                (message, Vec::new(), Held::NOTHING, hooked)
+            }
+        };
         crash::point("start_container.planned");
-        stage.enter("launch");
-        self.begin_launch(&container.id).await?;
+        stage.enter(if hooked { "hooks" } else { "launch" });
+        self.begin_launch(&container.id, hooked).await?;
         let (answer, _) = monitor
-            .ask(request::Body::Launch(message), fds)
+            .ask_within(request::Body::Launch(message), fds, hooks.longest_start())
             .await
             .map_err(|error| launch_error(error, "cannot start the container"))?;
         crash::point("start_container.launched");
@@ -136,14 +160,14 @@ impl Inner {
     }
 
     /// From here on the start cannot be called off, unless it has been.
-    async fn begin_launch(self: &Arc<Self>, id: &ContainerId) -> Result<()> {
+    async fn begin_launch(self: &Arc<Self>, id: &ContainerId, hooked: bool) -> Result<()> {
         let (me, id) = (self.clone(), id.clone());
         blocking(move || {
             let mut launching = lock(&me.launching);
             if let Some(error) = me.called_off(&id) {
                 return Err(error);
             }
-            launching.insert(id);
+            launching.insert(id, hooked);
             Ok(())
         })
         .await
@@ -160,13 +184,29 @@ impl Inner {
         Some(SandboxError::new(Kind::WrongState, text))
     }
 
-    /// Calls off a start that is still being planned: a volume that hangs must
-    /// not keep a pod from going.
+    /// Calls off a start that is still being planned, or has its hooks run: a volume
+    /// or a hook that hangs must not keep a pod from going.
     pub(super) async fn call_off(self: &Arc<Self>, id: &ContainerId) -> Result<()> {
+        let launching = lock(&self.launching).get(id).copied();
+        match launching {
+            None => self.call_off_plan(id).await,
+            Some(false) => Ok(()),
+            Some(true) => {
+                let view = self.objects.view();
+                let pod = view.container(id.as_str()).map(|container| &container.pod);
+                if let Some(Ok(monitor)) = pod.map(|pod| self.monitor(pod)) {
+                    call_off_launch(&monitor, id).await;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn call_off_plan(self: &Arc<Self>, id: &ContainerId) -> Result<()> {
         let (me, id) = (self.clone(), id.clone());
         blocking(move || {
             let launching = lock(&me.launching);
-            if launching.contains(&id) {
+            if launching.contains_key(&id) {
                 return Ok(());
             }
             let exit = Exit {
@@ -193,13 +233,18 @@ impl Inner {
     fn plan(
         &self,
         container: &ContainerRecord,
+        hooks: &Plan,
+        namespaces: &BTreeMap<String, PathBuf>,
     ) -> Result<(monitor_v1::Launch, Vec<OwnedFd>, Held)> {
         let view = self.objects.view();
         let pod = view.pod(container.pod.as_str());
         let pod = pod.ok_or_else(|| SandboxError::no_pod(container.pod.as_str()))?;
         let (spec, raw_env) = self.runtime_spec(container)?;
         let seccomp = self.seccomp_filter(container, &spec)?;
-        let rootfs = self.rootfs(&pod.spec, container)?;
+        let rootfs = match hooks.is_empty() {
+            true => self.rootfs(&pod.spec, container)?,
+            false => self.make_hook_bundle(pod, container, spec.clone(), namespaces)?,
+        };
         let prepared = self.mounted_images(&pod.spec, container)?;
         let user_namespaces = launch::mappings(&spec)
             .iter()
@@ -252,6 +297,11 @@ impl Inner {
             process.seccomp_flags = flags;
         }
         message.log_policy = Some(self.settings.log_policy.for_monitor());
+        if !hooks.is_empty() {
+            let bundle = self.bundle(container);
+            let state = self.hook_state(container, None, None);
+            message.hooks = hooks.for_launch(&bundle.to_string_lossy(), &state);
+        }
         Ok((message, fds, held))
     }
 }
@@ -264,11 +314,11 @@ impl Inner {
         container: &ContainerRecord,
         runtime: monitor_v1::OciRuntime,
         held: &BTreeMap<String, PathBuf>,
-    ) -> Result<monitor_v1::Launch> {
+    ) -> Result<(monitor_v1::Launch, bool)> {
         make_log_directory(container)?;
         let cgroup = cgroup_of(container)?;
-        self.make_bundle(pod, container, held)?;
-        Ok(monitor_v1::Launch {
+        let hooked = self.make_bundle(pod, container, held)?;
+        let launch = monitor_v1::Launch {
             container_id: container.id.to_string(),
             process: Some(monitor_v1::Process {
                 tty: container.spec.tty,
@@ -288,7 +338,23 @@ impl Inner {
                 .into_owned(),
             oci_runtime: Some(runtime),
             ..Default::default()
-        })
+        };
+        Ok((launch, hooked))
+    }
+}
+
+/// Has the monitor kill what is on its way to the container's program. The start
+/// ends by itself then; a monitor that cannot runs no hooks either.
+pub(super) async fn call_off_launch(monitor: &Monitor, id: &ContainerId) {
+    if monitor.hello.features & feature::HOOKS == 0 {
+        return;
+    }
+    let call_off = monitor_v1::CallOff {
+        container_id: id.to_string(),
+    };
+    let told = monitor.tell(request::Body::CallOff(call_off), Vec::new());
+    if let Err(error) = told.await {
+        tracing::warn!(container = %id, error = &error as &dyn std::error::Error, "its start is not called off");
     }
 }
 

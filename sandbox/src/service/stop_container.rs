@@ -111,8 +111,8 @@ impl Inner {
         }
     }
 
-    /// Calls off a start that is still being planned, and waits for the end of
-    /// one that is not: the monitor's part always ends.
+    /// Calls off a start that is still being planned or has its hooks run, and waits
+    /// for the end of any other: the monitor's part always ends.
     pub(super) async fn settled(self: &Arc<Self>, id: &ContainerId) {
         if let Err(error) = self.call_off(id).await {
             tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
@@ -129,7 +129,7 @@ impl Inner {
             let starting = view
                 .container(id.as_str())
                 .is_some_and(|c| matches!(c.state, ContainerState::Starting));
-            if !starting || !lock(&self.launching).contains(id) {
+            if !starting || !lock(&self.launching).contains_key(id) {
                 return;
             }
             let _ = changes.changed().await;

@@ -4,6 +4,7 @@
 //! where there is nothing: so the same code stops a pod, undoes a half-made one
 //! and finishes what a killed daemon began.
 
+use super::hooks::LAST_WORDS;
 use super::run_pod::network_pod;
 use super::{Inner, Sandboxes, blocking, internal, now};
 use crate::container::{ContainerEvent, ContainerRecord, ContainerState, Exit};
@@ -130,7 +131,7 @@ impl Inner {
         let view = self.objects.view();
         let killed = join_all(view.containers_of(&pod.id).map(|container| async {
             let ended = self.kill_container(container).await;
-            let released = self.release_cgroup(container).await;
+            let released = self.release_cgroup(container, Some(LAST_WORDS)).await;
             ended.and(released)
         }));
         killed.await.into_iter().filter_map(Result::err).collect()
@@ -186,25 +187,35 @@ impl Inner {
         .await
     }
 
-    /// Empties and removes the container's cgroup.
+    /// Empties and removes the container's cgroup, has what other runtimes keep of it
+    /// forgotten, and its poststop hooks run: these get `patience` at most.
     pub(super) async fn release_cgroup(
         self: &Arc<Self>,
         container: &Arc<ContainerRecord>,
+        patience: Option<Duration>,
     ) -> Result<()> {
         let Some(cgroup) = container.cgroup.clone() else {
             return Ok(());
         };
-        let (me, container) = (self.clone(), container.clone());
-        blocking(move || {
-            let text = format!("cannot remove the cgroup of container {}", container.id);
+        let (me, record) = (self.clone(), container.clone());
+        let hooked = blocking(move || {
+            let text = format!("cannot remove the cgroup of container {}", record.id);
             cgroup.kill_all(KILL_DEADLINE).map_err(internal(&text))?;
-            let forgotten = me.forget_bundle(&container);
+            let hooked = me.has_hook_bundle(&record);
+            let forgotten = match hooked {
+                true => Ok(()),
+                false => me.forget_bundle(&record),
+            };
             me.cgroups
                 .release(&cgroup, KILL_DEADLINE)
                 .map_err(internal(&text))?;
-            forgotten
+            forgotten.map(|()| hooked)
         })
-        .await
+        .await?;
+        match hooked {
+            true => self.poststop(container, patience).await,
+            false => Ok(()),
+        }
     }
 
     /// The monitor that could have said how the container ended is gone.

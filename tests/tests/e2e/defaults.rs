@@ -2,6 +2,7 @@
 //! the daemon.
 
 use berth_proto::runtime_v1::{self as cri, NamespaceMode};
+use berth_tests::image::Entry;
 use berth_tests::node::spec;
 use berth_tests::{Format, Image, Layer, LinuxConfig, Node, Packing};
 use serde_json::json;
@@ -129,6 +130,126 @@ fn volumes_of_an_image_are_directories_of_the_container_or_left_alone() {
         assert_eq!(container.exec(&["cat", "/kept/file"]), "from the image");
         container.exec(&["sh", "-c", "echo x > /kept/file"]);
         assert_eq!(fs::read_dir(&volume).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn volumes_of_an_image_are_writable_on_a_read_only_root_with_what_the_image_has_there() {
+    let file = |name: &str, mode| Entry::new(b'0', name, mode).owner(33, 44);
+    let layer = Layer::new()
+        .dir("data", 0o755)
+        .entry(Entry::new(b'5', "data/www", 0o2750).owner(33, 44))
+        .entry(file("data/www/page", 0o640).data("from the image"))
+        .entry(file("data/www/marked", 0o644).data("x"))
+        .hard_link("data/www/same", "data/www/page")
+        .symlink("data/www/link", "page")
+        .symlink("data/www/out", "/etc")
+        // What a stranger may write where a volume is to be.
+        .symlink("linked", "/proc/sys")
+        .symlink("up", "../../../..")
+        .symlink("round", "round")
+        .symlink("dangling", "/nowhere/deep")
+        .symlink("etc-link", "/etc")
+        .file("file", 0o644, b"no directory");
+    let image = Image::builder(Format::Oci)
+        .base()
+        .layer(&layer, Packing::Gzip)
+        .run(
+            "Volumes",
+            json!({"/data/www": {}, "/new/deep": {}, "/linked": {}, "/linked/kernel": {}, "/up": {}, "/round/x": {},
+                "/dangling": {}, "/file": {}, "/etc-link/sub": {}, "/": {}, "/mounted/below": {}, "/seen": {}}),
+        )
+        .build();
+    let node = Node::start();
+    let reference = node.push("volumes", "1", &image);
+    node.pull(&reference).unwrap();
+    let host = node.root().join("volume");
+    fs::create_dir(&host).unwrap();
+    let mapping = vec![cri::IdMapping {
+        host_id: 196_608,
+        container_id: 0,
+        length: 65_536,
+    }];
+    let mut in_user_namespace = node.pod_config("user");
+    let context = in_user_namespace
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default();
+    context
+        .namespace_options
+        .get_or_insert_default()
+        .userns_options = Some(cri::UserNamespace {
+        mode: NamespaceMode::Pod.into(),
+        uids: mapping.clone(),
+        gids: mapping,
+    });
+    for config in [node.pod_config("web"), in_user_namespace] {
+        let pod = node.run(config);
+        let mut config = pod.container(&["sleep", "1000"]);
+        config.image = Some(spec(&reference));
+        config.security().readonly_rootfs = true;
+        config.mount(&host, "/mounted").readonly = true;
+        let container = pod.start_as(config);
+        let shows = |path: &str| {
+            container
+                .exec(&["stat", "-c", "%u:%g %a %F", path])
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(shows("/data/www"), "33:44 2750 directory");
+        assert_eq!(shows("/data/www/page"), "33:44 640 regular file");
+        assert_eq!(container.exec(&["cat", "/data/www/same"]), "from the image");
+        assert_eq!(
+            container.exec(&["readlink", "/data/www/link"]).trim(),
+            "page"
+        );
+        let writes = |path: &str| {
+            let script = format!("echo written > {path}");
+            container
+                .try_exec(&["sh", "-c", &script], 10)
+                .unwrap()
+                .exit_code
+                == 0
+        };
+        for path in [
+            "/data/www/page",
+            "/data/www/new",
+            "/new/deep/x",
+            "/data/www/marked",
+        ] {
+            assert!(writes(path), "{path}");
+        }
+        for path in [
+            "/x",
+            "/data/x",
+            "/new/x",
+            "/etc/x",
+            "/file",
+            "/mounted/below/x",
+            "/mounted/x",
+            "/proc/sys/kernel/core_pattern",
+            "/linked/kernel/core_pattern",
+            "/data/www/out/x",
+        ] {
+            assert!(!writes(path), "{path}");
+        }
+        assert_eq!(fs::read_dir(&host).unwrap().count(), 0);
+        // It is the container's own layer: counted as that, and gone with it.
+        let upper = node
+            .root()
+            .join("lib/containers")
+            .join(&container.id)
+            .join("upper");
+        assert_eq!(fs::read(upper.join("data/www/new")).unwrap(), b"written\n");
+        container.remove().unwrap();
+        assert!(!upper.exists());
+        // Another container of the image has what the image has.
+        let mut config = pod.container(&["sleep", "1000"]);
+        config.image = Some(spec(&reference));
+        let container = pod.start_as(config);
+        assert_eq!(container.exec(&["cat", "/data/www/page"]), "from the image");
+        pod.remove();
     }
 }
 

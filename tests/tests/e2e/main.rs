@@ -18,6 +18,7 @@ mod escapes;
 mod exec;
 mod handlers;
 mod hangs;
+mod hooks;
 mod hostile_images;
 mod hung_disk;
 mod image_archives;
