@@ -47,6 +47,7 @@ fn extra() -> Extra {
         user_namespaces: Vec::new(),
         directories: Vec::new(),
         prepared: BTreeMap::new(),
+        opened: BTreeMap::new(),
     }
 }
 
