@@ -260,6 +260,10 @@ async fn open(
             tracing::info!(policy, enforcing, "containers get SELinux labels");
             Some(Arc::new(selinux))
         }
+        Found::Unusable(why) => {
+            tracing::warn!(why, "SELinux is on, and containers get no labels");
+            None
+        }
         Found::Absent(_) => None,
     };
     let settings = Settings {
@@ -323,6 +327,9 @@ pub fn selinux(config: &Config) -> Result<Found, Box<dyn Error + Send + Sync>> {
     match found {
         Found::Absent(why) if choice == config::SelinuxChoice::On => {
             Err(format!("runtime.selinux is \"on\", and SELinux is {why}").into())
+        }
+        Found::Unusable(why) if choice == config::SelinuxChoice::On => {
+            Err(format!("runtime.selinux is \"on\", and SELinux cannot be used: {why}").into())
         }
         found => Ok(found),
     }

@@ -53,6 +53,8 @@ pub fn prepare(wanted: &Process) -> Result<Prepared, Failed> {
     let selinux = match wanted.selinux_label.as_str() {
         "" => None,
         label => {
+            // For the keyring to come; the kernel forgets it at execve.
+            write_at(&this, "attr/keycreate", label.as_bytes()).step("label keys", label)?;
             let file = open("attr/exec").step("set SELinux label", label)?;
             Some((file, label.as_bytes().to_vec()))
         }
@@ -147,15 +149,8 @@ pub fn give_streams<'a>(wanted: &Process, streams: impl IntoIterator<Item = &'a 
 
 /// Leaves the session keyring that came from the daemon: keys are not for the
 /// processes of a container, and those of one are not for another's.
-///
-/// `label` is the SELinux label of the processes, which the keys get too; "" for none.
-pub fn own_keyring(container_id: &str, label: &str) -> Result<(), Failed> {
+pub fn own_keyring(container_id: &str) -> Result<(), Failed> {
     let name = format!("_ses.{container_id}");
-    if !label.is_empty() {
-        let this = crate::beneath::proc_dir("/proc/self").step("open", "/proc/self")?;
-        // Forgotten by the kernel at execve.
-        write_at(&this, "attr/keycreate", label.as_bytes()).step("label the keyring", label)?;
-    }
     match berth_sys::process::join_session_keyring(&name) {
         // Built without keys, or a key of that name belongs to somebody of before.
         Err(Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),

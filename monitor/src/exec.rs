@@ -78,7 +78,7 @@ impl Exec<'_> {
         if self.join_user {
             init::become_root()?;
         }
-        become_program::own_keyring(&exec.container_id, &wanted.selinux_label)?;
+        become_program::own_keyring(&exec.container_id)?;
         // Joining the mount namespace has made its root ours.
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(c"/", flags, Mode::empty()).step("open", "/")?;

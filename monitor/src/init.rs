@@ -111,7 +111,7 @@ impl Init<'_> {
         let prepared = become_program::prepare(wanted)?;
         self.before_user_namespace()?;
         self.join_pod()?;
-        become_program::own_keyring(&launch.container_id, &wanted.selinux_label)?;
+        become_program::own_keyring(&launch.container_id)?;
         write_sysctls(
             &launch.sysctls,
             launch.join_net,

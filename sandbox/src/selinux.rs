@@ -278,6 +278,8 @@ impl Default for Places {
 pub enum Found {
     /// Nothing, and why not.
     Absent(&'static str),
+    /// It is on, and containers can have no labels: why.
+    Unusable(&'static str),
     /// A policy is loaded that knows containers.
     Enabled(Selinux),
 }
@@ -355,15 +357,15 @@ impl Selinux {
         // Before a policy is loaded everything has this label and nothing else is known.
         let own = read(&places.current)?;
         if own.trim_end_matches(['\0', '\n']) == "kernel" {
-            return Ok(Found::Absent("on, but no policy is loaded"));
+            return Ok(Found::Unusable("no policy is loaded"));
         }
         let config = read(&places.etc.join("config"))?;
         let policy = policy_name(&config).to_owned();
         let path = places.etc.join(&policy).join("contexts/lxc_contexts");
         let text = match read(&path) {
             Err(SelinuxError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(Found::Absent(
-                    "on, but its policy has no contexts for containers",
+                return Ok(Found::Unusable(
+                    "its policy has no contexts for containers (lxc_contexts)",
                 ));
             }
             other => other?,

@@ -59,7 +59,7 @@ impl Node {
     fn enabled(&self) -> Selinux {
         match self.detect().unwrap() {
             Found::Enabled(selinux) => selinux,
-            Found::Absent(why) => panic!("{why}"),
+            Found::Absent(why) | Found::Unusable(why) => panic!("{why}"),
         }
     }
 }
@@ -83,13 +83,13 @@ fn a_node_is_what_its_files_say() {
     node.write("selinux/enforce", "0");
     assert!(!node.enabled().is_enforcing());
     node.write("current", "kernel\0");
-    assert!(matches!(node.detect(), Ok(Found::Absent(_))));
+    assert!(matches!(node.detect(), Ok(Found::Unusable(_))));
     node.write("mountinfo", "21 1 8:1 / / rw - ext4 selinuxfs rw\n");
     assert!(matches!(node.detect(), Ok(Found::Absent(_))));
 }
 
 #[test]
-fn a_policy_without_contexts_is_absent_and_a_broken_one_an_error() {
+fn a_policy_without_contexts_is_no_use_and_a_broken_one_an_error() {
     let node = Node::new();
     let contexts = "etc/mcs/contexts/lxc_contexts";
     node.write(contexts, "process = \"a:b\"\nfile = \"a:b:c:s0\"\n");
@@ -97,7 +97,7 @@ fn a_policy_without_contexts_is_absent_and_a_broken_one_an_error() {
     node.write(contexts, "file = \"a:b:c:s0\"\n");
     assert!(matches!(node.detect(), Err(SelinuxError::NotALabel { .. })));
     fs::remove_file(node.dir.path().join(contexts)).unwrap();
-    assert!(matches!(node.detect(), Ok(Found::Absent(_))));
+    assert!(matches!(node.detect(), Ok(Found::Unusable(_))));
 }
 
 #[test]

@@ -31,6 +31,11 @@ pub fn selinux(node: &Node<'_>) -> Vec<Finding> {
     const SUBJECT: &str = "SELinux";
     vec![match crate::serve::selinux(&node.config) {
         Ok(Found::Absent(why)) => Finding::good(SUBJECT, why),
+        Ok(Found::Unusable(why)) => Finding::warning(
+            SUBJECT,
+            format!("on, but containers get no labels: {why}"),
+            "install the policy's package for containers (container-selinux), and start berth again",
+        ),
         Ok(Found::Enabled(selinux)) => {
             let mode = match selinux.is_enforcing() {
                 true => "enforcing",
