@@ -14,7 +14,7 @@ export BERTH_BIN_DIR = $(abspath $(BIN))
 # Stands in every panic's way of being read; set it when one is not understood.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: handlers test-full all setup build fmt lint docs test unit e2e host test-vm test-vm-all fuzz demo bench bench-built clean
+.PHONY: handlers test-full all setup build fmt lint docs test unit e2e host test-vm test-vm-selinux test-vm-all fuzz demo bench bench-built clean
 all: build
 
 setup:
@@ -67,6 +67,10 @@ handlers: build
 # The same suites on Debian's kernel with cgroup v2 and systemd: a core set, or all.
 test-vm: build
 	tests/vm/suites core
+
+# SELinux, enforcing, with a small policy of the tests' own; some minutes.
+test-vm-selinux: build
+	tests/vm/suites selinux
 
 # What depends on cgroups and systemd, with both cgroup drivers; an hour at most.
 test-vm-drivers: build

@@ -250,11 +250,14 @@ impl Images for ImageSource {
         &self,
         container: &ContainerId,
         owners: Option<&Mapped>,
+        label: Option<&str>,
     ) -> Result<OwnedFd, ImageError> {
         let id = container.as_str();
         Ok(match owners {
-            None => self.service.mount_rootfs(id)?,
-            Some(owners) => self.service.mount_rootfs_mapped(id, &id_map(owners))?,
+            None => self.service.mount_rootfs(id, label)?,
+            Some(owners) => self
+                .service
+                .mount_rootfs_mapped(id, &id_map(owners), label)?,
         })
     }
 
@@ -264,10 +267,11 @@ impl Images for ImageSource {
         image_id: &str,
         sub_path: &str,
         owners: Option<&Mapped>,
+        label: Option<&str>,
     ) -> Result<OwnedFd, ImageError> {
         let (id, map) = (container.as_str(), owners.map(id_map));
         let service = &self.service;
-        Ok(service.mount_volume(id, image_id, sub_path, map.as_ref())?)
+        Ok(service.mount_volume(id, image_id, sub_path, map.as_ref(), label)?)
     }
 
     fn read_file(

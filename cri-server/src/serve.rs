@@ -22,6 +22,7 @@ use berth_proto::runtime_v1::image_service_server::ImageServiceServer;
 use berth_proto::runtime_v1::runtime_service_server::RuntimeServiceServer;
 use berth_sandbox::container_spec::SeccompProfile;
 use berth_sandbox::handler::{Handlers, OciRuntime};
+use berth_sandbox::selinux::{self, Found, Selinux};
 use berth_sandbox::service::{LogPolicy, OnFull, Sandboxes, Settings};
 use berth_sandbox::{apparmor, cgroup, oci};
 use std::error::Error;
@@ -55,6 +56,8 @@ pub enum ServeError {
     Cgroups(#[source] cgroup::Error),
     #[error("cannot have the cgroup for pulls, images.pull_cgroup")]
     PullCgroup(#[source] cgroup::Error),
+    #[error("cannot label containers; runtime.selinux = \"off\" goes without")]
+    Selinux(#[source] Box<dyn Error + Send + Sync>),
     #[error("cannot open the pod network")]
     Network(#[source] Box<network::NetworkError>),
     #[error("cannot open the images")]
@@ -256,7 +259,20 @@ async fn open(
             Err(error) => return Err(start("load the AppArmor profile")(error)),
         }
     }
+    let selinux = match selinux(&config).map_err(ServeError::Selinux)? {
+        Found::Enabled(selinux) => {
+            let (policy, enforcing) = (selinux.policy(), selinux.is_enforcing());
+            tracing::info!(policy, enforcing, "containers get SELinux labels");
+            Some(Arc::new(selinux))
+        }
+        Found::Unusable(why) => {
+            tracing::warn!(why, "SELinux is on, and containers get no labels");
+            None
+        }
+        Found::Absent(_) => None,
+    };
     let settings = Settings {
+        selinux,
         lib: places.lib.clone(),
         run: places.run.clone(),
         monitor: monitor_program(&config.monitor.path).ok_or(ServeError::NoMonitor)?,
@@ -298,6 +314,30 @@ async fn bind_streaming(config: &Config) -> Result<(Streaming, TcpListener), Ser
     // Checked when the configuration was read.
     let settings = settings.map_err(|(key, problem)| ConfigError::Value { key, problem })?;
     Ok(Streaming::bind(&settings).await?)
+}
+
+/// SELinux as the configuration wants it.
+///
+/// # Errors
+/// It is on and cannot be used, or is wanted and not there.
+pub fn selinux(config: &Config) -> Result<Found, Box<dyn Error + Send + Sync>> {
+    let choice = config.runtime.selinux;
+    if choice == config::SelinuxChoice::Off {
+        return Ok(Found::Absent("off by runtime.selinux"));
+    }
+    let found = Selinux::detect(
+        &selinux::Places::default(),
+        config.runtime.selinux_categories,
+    )?;
+    match found {
+        Found::Absent(why) if choice == config::SelinuxChoice::On => {
+            Err(format!("runtime.selinux is \"on\", and SELinux is {why}").into())
+        }
+        Found::Unusable(why) if choice == config::SelinuxChoice::On => {
+            Err(format!("runtime.selinux is \"on\", and SELinux cannot be used: {why}").into())
+        }
+        found => Ok(found),
+    }
 }
 
 /// The OCI runtimes of this node.

@@ -398,8 +398,9 @@ impl ImageService {
         &self,
         container_id: &str,
         map: &IdMap,
+        label: Option<&str>,
     ) -> Result<OwnedFd, SnapshotError> {
-        self.0.snapshots.mount_mapped(container_id, map)
+        self.0.snapshots.mount_mapped(container_id, map, label)
     }
 
     /// A detached read-only mount of an image prepared as a volume of the container: all of it, or
@@ -413,17 +414,23 @@ impl ImageService {
         image_id: &str,
         sub_path: &str,
         map: Option<&IdMap>,
+        label: Option<&str>,
     ) -> Result<OwnedFd, SnapshotError> {
         let snapshots = &self.0.snapshots;
-        snapshots.mount_volume(container_id, image_id, sub_path, map)
+        snapshots.mount_volume(container_id, image_id, sub_path, map, label)
     }
 
-    /// A detached mount of a prepared container's root file system, writable. Blocking.
+    /// A detached mount of a prepared container's root file system, writable; all of its files
+    /// have the SELinux label, where one is given. Blocking.
     ///
     /// # Errors
     /// [`SnapshotError`].
-    pub fn mount_rootfs(&self, container_id: &str) -> Result<OwnedFd, SnapshotError> {
-        self.0.snapshots.mount(container_id)
+    pub fn mount_rootfs(
+        &self,
+        container_id: &str,
+        label: Option<&str>,
+    ) -> Result<OwnedFd, SnapshotError> {
+        self.0.snapshots.mount_labelled(container_id, label)
     }
 
     /// Removes a container's writable layer; absent is success. The container must have ended.

@@ -65,7 +65,7 @@ async fn a_containers_layers_outlive_its_image() {
     node.service.prepare(&id, &picture.image_id).unwrap();
     node.service.prepare(&id, &picture.image_id).unwrap();
     assert!(node.service.remove(&server.reference()).await.unwrap());
-    drop(node.service.mount_rootfs(&id).unwrap());
+    drop(node.service.mount_rootfs(&id, None).unwrap());
     assert!(node.service.fs_usage().used_bytes > 0);
     // The layer is still here, so the image costs only its documents.
     let again = node.pull(&server.reference()).await.unwrap();

@@ -67,7 +67,7 @@ async fn damage_is_found_by_file_and_only_its_layer_is_fetched_again() {
         assert_eq!(one.images, std::slice::from_ref(&id));
     }
     node.service.prepare("user", &id).unwrap();
-    let rootfs = node.service.mount_rootfs("user").unwrap();
+    let rootfs = node.service.mount_rootfs("user", None).unwrap();
 
     // One bit, and the file looks the same from outside.
     let path = file_of(&node, &image.layers[0], "large");

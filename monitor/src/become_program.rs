@@ -53,6 +53,8 @@ pub fn prepare(wanted: &Process) -> Result<Prepared, Failed> {
     let selinux = match wanted.selinux_label.as_str() {
         "" => None,
         label => {
+            // For the keyring to come; the kernel forgets it at execve.
+            write_at(&this, "attr/keycreate", label.as_bytes()).step("label keys", label)?;
             let file = open("attr/exec").step("set SELinux label", label)?;
             Some((file, label.as_bytes().to_vec()))
         }

@@ -152,7 +152,9 @@ fn make(request: &proto::MakeNamespaces) -> Result<(Made, Vec<OwnedFd>), Failed>
         };
         let (ours, theirs) = status::pair().step("socketpair", "")?;
         match clone::fork(options).step("clone", "pod init")? {
-            Forked::Child => process::child(vec![theirs.as_raw_fd()], move || pod_init(theirs)),
+            Forked::Child => process::child(vec![theirs.as_raw_fd()], move || {
+                pod_init(theirs, &request.init_label)
+            }),
             Forked::Parent { pid, .. } => {
                 drop(theirs);
                 made.init = pid;
@@ -220,12 +222,12 @@ fn expect_ready(socket: &OwnedFd) -> Result<(), Failed> {
 }
 
 /// Process 1 of a shared PID namespace; `maker` hears when it has hidden itself.
-fn pod_init(maker: OwnedFd) -> i32 {
+fn pod_init(maker: OwnedFd, label: &str) -> i32 {
     // If the monitor is gone, so is who knows the containers: all of them end.
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"berth-pod-init");
-    if let Err(failed) = hide() {
+    if let Err(failed) = hide(label) {
         let _ = status::send(&maker, &Note::Failed(failed));
         return 1;
     }
@@ -247,7 +249,16 @@ fn pod_init(maker: OwnedFd) -> i32 {
 }
 
 /// Gives up everything that could be of use to somebody who gets in here.
-fn hide() -> Result<(), Failed> {
+fn hide(label: &str) -> Result<(), Failed> {
+    let confine = match label {
+        "" => None,
+        _ => {
+            let this = crate::beneath::proc_dir("/proc/self").step("open", "/proc/self")?;
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&this, c"attr/current", flags, Mode::empty());
+            Some(file.step("set SELinux label", label)?)
+        }
+    };
     namespace::unshare(flag::NEWNS).step("unshare", "mount namespace")?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change(c"/", private).step("make mounts private", "/")?;
@@ -267,6 +278,11 @@ fn hide() -> Result<(), Failed> {
     berth_sys::fd::install_stdio(&read, 0).step("dup2", "0")?;
     berth_sys::fd::install_stdio(&write, 1).step("dup2", "1")?;
     berth_sys::fd::install_stdio(&write, 2).step("dup2", "2")?;
+    if let Some(file) = confine {
+        // Without execve that is a right of its own, which not every policy gives.
+        // Left as it is, this process is out of the containers' reach.
+        let _ = rustix::io::write(&file, label.as_bytes());
+    }
     caps::bound(0).step("drop capabilities", "bounding set")?;
     rustix::thread::set_no_new_privs(true).step("set no_new_privs", "")?;
     caps::ambient(0).step("drop capabilities", "ambient set")?;

@@ -54,7 +54,7 @@ pub fn assemble(launch: &proto::Launch, fds: &[OwnedFd]) -> Result<OwnedFd, Fail
 
     let root = Root(rootfs.as_fd());
     for step in &launch.mounts {
-        match mount_one(root, step, fds) {
+        match mount_one(root, step, fds, &launch.mount_label) {
             Err(_) if step.optional => {}
             other => other?,
         }
@@ -80,7 +80,18 @@ pub fn fd<'a>(
         .ok_or_else(|| Failed::new("find descriptor", what, Errno::BADF))
 }
 
-fn mount_one(root: Root<'_>, step: &proto::MountStep, fds: &[OwnedFd]) -> Result<(), Failed> {
+/// File systems whose files all get the container's label. Those of the kernel
+/// have labels of their own.
+///
+/// Source: what runc and crun label.
+const LABELLED: [&str; 2] = ["tmpfs", "devpts"];
+
+fn mount_one(
+    root: Root<'_>,
+    step: &proto::MountStep,
+    fds: &[OwnedFd],
+    label: &str,
+) -> Result<(), Failed> {
     let target = &step.target;
     let onto = match step.file {
         true => root.make_file(target),
@@ -100,8 +111,16 @@ fn mount_one(root: Root<'_>, step: &proto::MountStep, fds: &[OwnedFd]) -> Result
     } else {
         let attrs = mount_attrs(step.flags)
             .ok_or_else(|| Failed::invalid("mount flags", target.as_str()))?;
-        made = mount::new_fs(&step.fs_type, &step.source, &step.options, attrs)
+        let of_all = match LABELLED.contains(&step.fs_type.as_str()) {
+            true => label,
+            false => "",
+        };
+        made = mount::new_labelled_fs(&step.fs_type, &step.source, &step.options, of_all, attrs)
             .step(&format!("mount {}", step.fs_type), target)?;
+        if step.fs_type == "mqueue" && !label.is_empty() {
+            // One instance for all mounts of an IPC namespace: it takes no option.
+            label_root(&made, label).step("label", target)?;
+        }
         made.as_fd()
     };
     mount::attach(mounted, onto).step("attach mount", target)?;
@@ -120,6 +139,18 @@ fn mount_one(root: Root<'_>, step: &proto::MountStep, fds: &[OwnedFd]) -> Result
         mount::set_attr(mounted, change, recursive).step("mount propagation", target)?;
     }
     Ok(())
+}
+
+/// Gives the root of a file system a label; one that cannot have any goes without,
+/// as can one that belongs to a user namespace.
+fn label_root(mount: &OwnedFd, label: &str) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(mount, c".", flags, Mode::empty())?;
+    let flags = rustix::fs::XattrFlags::empty();
+    match rustix::fs::fsetxattr(&root, c"security.selinux", label.as_bytes(), flags) {
+        Err(Errno::OPNOTSUPP | Errno::PERM) => Ok(()),
+        other => other,
+    }
 }
 
 /// MS_* of mount(2) as MOUNT_ATTR_*; `None` for one that has none.
@@ -266,7 +297,9 @@ pub fn restrict(root: Root<'_>, launch: &proto::Launch, fds: &[OwnedFd]) -> Resu
                 continue;
             }
             let attrs = attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC;
-            let made = mount::new_fs("tmpfs", "tmpfs", "mode=0755,nr_blocks=1,nr_inodes=1", attrs)
+            let options = "mode=0755,nr_blocks=1,nr_inodes=1";
+            let label = &launch.mount_label;
+            let made = mount::new_labelled_fs("tmpfs", "tmpfs", options, label, attrs)
                 .step("mask", path)?;
             mount::attach(&made, target).step("mask", path)?;
             empty = Some(made);

@@ -16,6 +16,7 @@ use crate::cgroup::Cgroup;
 use crate::container_spec::ContainerSpec;
 use crate::id::{ContainerId, PodId};
 use crate::image::ContainerImage;
+use crate::selinux::Labels;
 use crate::user::Identity;
 use berth_store::Record;
 use serde::{Deserialize, Serialize};
@@ -190,6 +191,9 @@ pub struct ContainerRecord {
     /// What its CDI devices change, as it was when the container was created.
     #[serde(default)]
     pub cdi: Edits,
+    /// Its SELinux labels, where its pod has any.
+    #[serde(default)]
+    pub selinux: Option<Labels>,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,

@@ -22,6 +22,8 @@ mod cgroup;
 mod devices;
 mod options;
 
+pub use bind::open as open_source;
+
 use crate::oci::{Rlimit, capability_set};
 use crate::pod_spec::IdMapping;
 use crate::user_namespace::{Mapped, Mapping};
@@ -219,6 +221,8 @@ pub struct Extra {
     /// Detached mounts to be used instead of the source of the bind mount at
     /// that target: image volumes.
     pub prepared: BTreeMap<PathBuf, OwnedFd>,
+    /// Sources of bind mounts that are open already, by target: see [`open_source`].
+    pub opened: BTreeMap<PathBuf, OwnedFd>,
 }
 
 /// The descriptors of a message, by index.
@@ -265,6 +269,8 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         user_namespaces: extra.user_namespaces,
         mapping: mapping(linux.uid_mappings(), linux.gid_mappings()),
         prepared: extra.prepared,
+        opened: extra.opened,
+        label: linux.mount_label().clone().unwrap_or_default(),
         passes_on: false,
     };
     let rootfs_fd = planner.fds.push(extra.rootfs)?;
@@ -340,6 +346,7 @@ pub fn plan(spec: &Spec, extra: Extra) -> Result<(proto::Launch, Vec<OwnedFd>), 
         cgroup: Some(planner.cgroup),
         writable_directories: extra.directories.clone(),
         directories: extra.directories,
+        mount_label: planner.label,
         // The node's, not the spec's: the caller's to add.
         log_policy: None,
     };
@@ -528,6 +535,9 @@ struct Planner {
     /// The pod's own, where it has a user namespace.
     mapping: Option<Mapping>,
     prepared: BTreeMap<PathBuf, OwnedFd>,
+    opened: BTreeMap<PathBuf, OwnedFd>,
+    /// SELinux label of what is mounted for the container; empty for none.
+    label: String,
     /// Whether a mount of this container passes mounts on to the host: what is
     /// attached below it then becomes shared, and has to be told again.
     passes_on: bool,

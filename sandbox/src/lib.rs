@@ -27,6 +27,7 @@ pub mod pod_files;
 pub mod pod_spec;
 pub mod processes;
 pub mod seccomp;
+pub mod selinux;
 pub mod service;
 pub mod stats;
 pub mod user;

@@ -31,6 +31,7 @@ use crate::id::{ContainerId, PodId};
 use crate::image::ContainerImage;
 use crate::pod_files::PodFiles;
 use crate::pod_spec::{IdMapping, PidMode, PodSpec};
+use crate::selinux::Labels;
 use crate::user::Identity;
 use oci_spec::runtime as oci;
 use std::collections::{BTreeMap, HashMap};
@@ -174,8 +175,6 @@ pub struct Defaults {
     /// The AppArmor profile of who asks for the runtime's default; `None` where
     /// there is none, who asks for it is unconfined then.
     pub apparmor_profile: Option<String>,
-    /// Whether the host enforces SELinux labels; without, they are left out.
-    pub selinux: bool,
     /// The lowest oom_score_adj that this host lets the daemon set: what is
     /// asked for below is raised to it. -1000 with CAP_SYS_RESOURCE.
     pub least_oom_score_adj: i32,
@@ -198,7 +197,6 @@ impl Default for Defaults {
             env: Vec::new(),
             apparmor: false,
             apparmor_profile: None,
-            selinux: false,
             least_oom_score_adj: -1000,
         }
     }
@@ -376,6 +374,8 @@ pub struct Input<'a> {
     pub cgroup_path: &'a str,
     /// Where the content of image volumes is on the host, by container path.
     pub image_volumes: &'a BTreeMap<String, PathBuf>,
+    /// Its SELinux labels, where the node has any.
+    pub selinux: Option<&'a Labels>,
     /// What nobody asked for.
     pub defaults: &'a Defaults,
     /// Whether a privileged container has the host's devices.
@@ -515,8 +515,8 @@ fn linux(input: &Input<'_>, mounts: &[oci::Mount]) -> Result<oci::Linux, OciErro
             .set_masked_paths(Some(security.masked_paths.clone()))
             .set_readonly_paths(Some(security.readonly_paths.clone()));
     }
-    if input.defaults.selinux {
-        linux.set_mount_label(security.selinux.as_ref().map(process::selinux_label));
+    if let Some(labels) = input.selinux {
+        linux.set_mount_label(some(&labels.mount));
     }
     if let Some(user) = &input.pod.namespaces.user {
         linux

@@ -13,6 +13,7 @@
 use crate::cgroup::Parent;
 use crate::id::PodId;
 use crate::pod_spec::{PodName, PodNamespaces, PodSecurity, PodSpec};
+use crate::selinux::Labels;
 use berth_store::Record;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -97,6 +98,9 @@ pub struct PodRecord {
     /// The cgroup that containers are made below.
     #[serde(default)]
     pub cgroup: Option<Parent>,
+    /// Its SELinux labels; `None` on a node without, and of pods made before it had them.
+    #[serde(default)]
+    pub selinux: Option<Labels>,
     /// What is not certain about the state, for people; empty when nothing is.
     #[serde(default)]
     pub message: String,
@@ -148,6 +152,7 @@ impl PodRecord {
                 path: path.to_owned(),
                 made: Vec::new(),
             }),
+            selinux: None,
             message: "the pod's record cannot be read".into(),
             unreadable: true,
         }

@@ -11,6 +11,7 @@
 //! All of it is gone after a reboot, and may be made again over what is there.
 
 use crate::pod_spec::{Dns, Namespace, PodSpec};
+use crate::selinux::relabel::label_file;
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -118,12 +119,18 @@ pub fn at(dir: &Path, spec: &PodSpec) -> PodFiles {
 }
 
 /// Makes the files of a pod below `dir`, an existing directory that only root
-/// can reach. What is there already is made anew; shared memory that is mounted
+/// can reach. `label` is the SELinux label of what containers see of it; "" for
+/// none. What is there already is made anew; shared memory that is mounted
 /// stays as it is.
 ///
 /// # Errors
 /// The file system's; what has been made then is left to [`remove`].
-pub fn make(dir: &Path, spec: &PodSpec, host_resolv: &Path) -> Result<PodFiles, PodFilesError> {
+pub fn make(
+    dir: &Path,
+    spec: &PodSpec,
+    host_resolv: &Path,
+    label: &str,
+) -> Result<PodFiles, PodFilesError> {
     let files = at(dir, spec);
     let resolv = match spec.dns.as_ref().map(resolv_conf).transpose()? {
         Some(text) if !text.is_empty() => text.into_bytes(),
@@ -140,8 +147,16 @@ pub fn make(dir: &Path, spec: &PodSpec, host_resolv: &Path) -> Result<PodFiles, 
         format!("{}\n", files.hostname_text).as_bytes(),
     )?;
     write(&files.hosts, &hosts)?;
+    if !label.is_empty() {
+        for path in [&files.resolv_conf, &files.hostname, &files.hosts] {
+            label_file(path, label).map_err(|errno| PodFilesError::Write {
+                path: path.clone(),
+                source: errno.into(),
+            })?;
+        }
+    }
     if spec.namespaces.ipc == Namespace::Pod {
-        mount_shm(&files.shm, spec)?;
+        mount_shm(&files.shm, spec, label)?;
     }
     Ok(files)
 }
@@ -270,7 +285,7 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), PodFilesError> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(failed)
 }
 
-fn mount_shm(path: &Path, spec: &PodSpec) -> Result<(), PodFilesError> {
+fn mount_shm(path: &Path, spec: &PodSpec, label: &str) -> Result<(), PodFilesError> {
     match fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(PodFilesError::Write {
@@ -294,6 +309,10 @@ fn mount_shm(path: &Path, spec: &PodSpec) -> Result<(), PodFilesError> {
     let user = spec.namespaces.user.as_ref();
     if let Some((Some(uid), Some(gid))) = user.map(|user| (root(&user.uids), root(&user.gids))) {
         options += &format!(",uid={uid},gid={gid}");
+    }
+    if !label.is_empty() {
+        // In quotes, as mount(8) has it: a label has commas in it.
+        options += &format!(",context=\"{label}\"");
     }
     let options = std::ffi::CString::new(options).map_err(|_| failed(Errno::INVAL))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
@@ -400,9 +419,9 @@ mod tests {
         let dir = Dir::new();
         let host = dir.0.path().join("host-resolv");
         fs::write(&host, "nameserver 192.0.2.1\n").unwrap();
-        let first = make(dir.0.path(), &spec("web"), &host).unwrap();
+        let first = make(dir.0.path(), &spec("web"), &host, "").unwrap();
         fs::write(first.shm.join("kept"), "x").unwrap();
-        let files = make(dir.0.path(), &spec("web"), &host).unwrap();
+        let files = make(dir.0.path(), &spec("web"), &host, "").unwrap();
         assert_eq!(files, first);
         assert_eq!(
             fs::read_to_string(&files.resolv_conf).unwrap(),
@@ -442,7 +461,13 @@ mod tests {
         let dir = Dir::new();
         let mut spec = spec("web");
         spec.namespaces.ipc = Namespace::Node;
-        let files = make(dir.0.path(), &spec, Path::new("/nonexistent/resolv.conf")).unwrap();
+        let files = make(
+            dir.0.path(),
+            &spec,
+            Path::new("/nonexistent/resolv.conf"),
+            "",
+        )
+        .unwrap();
         assert_eq!(files.shm, Path::new("/dev/shm"));
         assert_eq!(fs::read(&files.resolv_conf).unwrap(), b"");
         assert!(!dir.0.path().join("shm").exists());

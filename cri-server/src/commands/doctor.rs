@@ -110,6 +110,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::state_directory,
     node::programs,
     security::app_armor,
+    security::selinux,
     security::user_namespaces,
     network::built_in,
     cni::configuration,

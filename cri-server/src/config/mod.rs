@@ -16,7 +16,7 @@ pub use layout::{Layout, Overrides, Places};
 pub use sections::Config;
 pub use setting::{
     CgroupDriver, DefaultNetwork, Fallback, LogFormat, LogLevel, LogsOnFull, PrimaryFamily,
-    UnsetSeccomp,
+    SelinuxChoice, UnsetSeccomp,
 };
 
 use sections::{Handler, Refusal, Section};
@@ -169,6 +169,9 @@ impl Config {
         }
         if self.images.scrub_mib_per_second == 0 {
             return refuse("images.scrub_mib_per_second", "must be at least 1".into());
+        }
+        if !(2..=berth_sandbox::selinux::CATEGORIES).contains(&self.runtime.selinux_categories) {
+            return refuse("runtime.selinux_categories", "must be 2 to 1024".into());
         }
         let images = &self.images;
         for (key, value) in [

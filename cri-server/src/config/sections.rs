@@ -3,7 +3,7 @@
 
 use super::setting::{
     CgroupDriver, DefaultNetwork, Fallback, FileMode, ImageVolumes, LogFormat, LogLevel,
-    LogsOnFull, PrimaryFamily, Setting, TlsVersion, UnsetSeccomp,
+    LogsOnFull, PrimaryFamily, SelinuxChoice, Setting, TlsVersion, UnsetSeccomp,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -325,6 +325,14 @@ sections! {
         /// A container whose request names no seccomp profile at all: "unconfined", as CRI says, or
         /// "runtime/default". The kubelet always names one.
         unset_seccomp: UnsetSeccomp = UnsetSeccomp::Unconfined;
+        /// SELinux labels for containers: "auto", where SELinux is on and its policy has an
+        /// lxc_contexts file, "on", where the daemon is not to start without, or "off", which
+        /// leaves requests for labels and relabelling unheard. What containerd calls
+        /// enable_selinux and CRI-O selinux.
+        selinux: SelinuxChoice = SelinuxChoice::Auto;
+        /// How many categories there are for pods, two for each: c0 up to the one before this
+        /// number. 2 to 1024.
+        selinux_categories: u32 = berth_sandbox::selinux::CATEGORIES;
         /// Directories with CDI files of device vendors; later ones win. Read whenever a container
         /// asks for devices.
         cdi_spec_dirs: Vec<PathBuf> = berth_sandbox::cdi::DEFAULT_DIRS.iter().map(PathBuf::from).collect();

@@ -186,6 +186,18 @@ words! {
 }
 
 words! {
+    /// Whether containers get SELinux labels.
+    SelinuxChoice {
+        /// Where the node has SELinux and its policy knows containers.
+        Auto = "auto",
+        /// The daemon does not start without.
+        On = "on",
+        /// Never.
+        Off = "off",
+    }
+}
+
+words! {
     /// Whether a registry is asked when its mirrors fail.
     Fallback {
         /// After them.

@@ -11,7 +11,6 @@ use serde_json::json;
 
 fn node() -> NodeFacts {
     NodeFacts {
-        selinux: false,
         apparmor: false,
         handlers: Default::default(),
         unset_seccomp: SeccompProfile::Unconfined,

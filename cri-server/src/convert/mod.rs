@@ -31,13 +31,10 @@ pub use pod::pod_spec;
 
 use berth_sandbox::container_spec::SeccompProfile;
 use berth_sandbox::handler::Handlers;
-use std::path::Path;
 
 /// What a request's meaning depends on.
 #[derive(Clone, Debug)]
 pub struct NodeFacts {
-    /// SELinux is enabled.
-    pub selinux: bool,
     /// AppArmor is enabled.
     pub apparmor: bool,
     /// The OCI runtimes that pods may name as their handler.
@@ -48,10 +45,9 @@ pub struct NodeFacts {
 
 impl NodeFacts {
     /// What this kernel has, and what the configuration says.
-    /// Source: selinuxfs is mounted where SELinux is enabled; Documentation/admin-guide/LSM/apparmor.rst.
+    /// Source: Documentation/admin-guide/LSM/apparmor.rst.
     pub fn detect(unset_seccomp: SeccompProfile, handlers: Handlers) -> Self {
         Self {
-            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             apparmor: berth_sandbox::apparmor::is_enabled(),
             handlers,
             unset_seccomp,

@@ -1,7 +1,7 @@
 //! PodSandboxConfig to [`PodSpec`].
 
 use super::field::{Field, Quoted, Result};
-use super::{NodeFacts, not_yet, resources, security, text};
+use super::{NodeFacts, resources, security, text};
 use berth_proto::runtime_v1 as cri;
 use berth_sandbox::pod_spec::{
     Dns, Namespace, PodName, PodNamespaces, PodSecurity, PodSpec, PortMapping, Protocol,
@@ -38,7 +38,7 @@ pub fn pod_spec(request: &cri::RunPodSandboxRequest, node: &NodeFacts) -> Result
             .map(|given| resources::resources(&linux_field.at(name), given))
             .transpose()
     };
-    let spec = PodSpec {
+    Ok(PodSpec {
         name: pod_name(&root.at("metadata"), config.metadata.as_ref())?,
         hostname: text::host_name(&root.at("hostname"), &config.hostname)?,
         log_directory: match config.log_directory.as_str() {
@@ -60,9 +60,7 @@ pub fn pod_spec(request: &cri::RunPodSandboxRequest, node: &NodeFacts) -> Result
         security: pod_security(&context_field, context)?,
         namespaces,
         runtime_handler: request.runtime_handler.clone(),
-    };
-    not_yet::check_pod(&spec, node)?;
-    Ok(spec)
+    })
 }
 
 fn pod_name(field: &Field<'_>, metadata: Option<&cri::PodSandboxMetadata>) -> Result<PodName> {

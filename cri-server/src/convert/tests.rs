@@ -9,7 +9,6 @@ use berth_sandbox::pod_spec::{Namespace, PidMode};
 
 fn node() -> NodeFacts {
     NodeFacts {
-        selinux: false,
         apparmor: false,
         handlers: Default::default(),
         unset_seccomp: SeccompProfile::Unconfined,
@@ -940,26 +939,21 @@ fn apparmor_profiles_in_both_their_forms() {
 }
 
 #[test]
-fn selinux_labels_are_ignored_where_there_is_no_selinux() {
+fn selinux_labels_are_taken_part_by_part() {
     let label = cri::SeLinuxOption {
         level: "s0:c1,c2".into(),
         ..Default::default()
     };
-    context_with(|c| c.selinux_options = Some(label.clone())).unwrap();
-    let mut config = container_config();
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
-        .selinux_options = Some(label);
-    let enabled = NodeFacts {
-        selinux: true,
-        ..node()
-    };
-    let pod = pod_spec(&pod_request(), &enabled).unwrap();
+    let given = |label: cri::SeLinuxOption| context_with(|c| c.selinux_options = Some(label));
+    let spec = given(label).unwrap();
+    let taken = spec.security.selinux.unwrap();
+    assert_eq!(
+        (taken.level.as_str(), taken.r#type.as_str()),
+        ("s0:c1,c2", "")
+    );
+    let none = given(cri::SeLinuxOption::default()).unwrap();
+    assert_eq!(none.security.selinux, None);
     let field = "config.linux.security_context.selinux_options";
-    unsupported(container_spec(Some(&config), &pod, &enabled), field);
     let bad = cri::SeLinuxOption {
         r#type: "a:b".into(),
         ..Default::default()

@@ -59,12 +59,17 @@ fn shown(ranges: &[IdRange], id: u32) -> Option<u32> {
 
 impl Snapshots {
     /// As [`Snapshots::mount`], with the owners of the image's files shown through
-    /// `map`. What the container writes is on disk with the owners shown.
+    /// `map`, and one SELinux label for all. What the container writes is on disk with the owners shown.
     ///
     /// # Errors
     /// Those of [`Snapshots::mount`]; `Io` where the file system cannot be
     /// idmapped (Linux 5.19, and a file system that supports it).
-    pub fn mount_mapped(&self, container_id: &str, map: &IdMap) -> Result<OwnedFd, SnapshotError> {
+    pub fn mount_mapped(
+        &self,
+        container_id: &str,
+        map: &IdMap,
+        label: Option<&str>,
+    ) -> Result<OwnedFd, SnapshotError> {
         let layers = self.layers(container_id)?;
         let path = self.0.dir.join(container_id);
         let (_, uid, gid) = layer::root_attributes(&self.0.store, &layers)?;
@@ -82,6 +87,7 @@ impl Snapshots {
                 base: base.as_fd(),
                 layers: &layers,
                 writable: Some(dir.as_fd()),
+                label,
             }
             .mount(MountAttrFlags::empty())
         })
@@ -99,6 +105,7 @@ impl Snapshots {
         image_id: &str,
         sub_path: &str,
         map: Option<&IdMap>,
+        label: Option<&str>,
     ) -> Result<OwnedFd, SnapshotError> {
         let mut volumes = self.record(container_id)?.volumes;
         let layers = volumes
@@ -121,6 +128,7 @@ impl Snapshots {
                 base: base.as_fd(),
                 layers: &layers,
                 writable: None,
+                label,
             };
             let whole = overlay.mount(attributes)?;
             if sub_path.trim_matches('/').is_empty() {

@@ -43,7 +43,10 @@ impl Planner {
                 let path = path.ok_or(LaunchError::Incomplete {
                     part: "source of a bind mount",
                 })?;
-                let opened = open(path, target)?;
+                let opened = match self.opened.remove(target) {
+                    Some(opened) => opened,
+                    None => open(path, target)?,
+                };
                 check_propagation(&opened, path, options.propagation)?;
                 if target == Path::new("/proc") {
                     check_procfs(&opened, path)?;
@@ -210,9 +213,12 @@ fn failed(attempt: &'static str, path: &Path, target: &Path, source: Errno) -> L
     }
 }
 
-/// Opens a mount's source; one that is missing becomes a directory, as with
-/// containerd (CRI says nothing, and pods rely on it).
-fn open(path: &Path, target: &Path) -> Result<OwnedFd, LaunchError> {
+/// Opens a mount's source, with O_PATH; one that is missing becomes a directory, as
+/// with containerd (CRI says nothing, and pods rely on it).
+///
+/// # Errors
+/// It is not there and cannot be made.
+pub fn open(path: &Path, target: &Path) -> Result<OwnedFd, LaunchError> {
     match open_existing(path, target) {
         Err(LaunchError::Source {
             source: Errno::NOENT,

@@ -51,7 +51,7 @@ impl Planner {
             hierarchies.push(hierarchy(directory, &self.cgroup_path)?);
         }
         let target = mount.destination().clone();
-        let names = names(&hierarchies)
+        let names = names(&hierarchies, &self.label)
             .map_err(|(attempt, source)| LaunchError::CgroupDirectory { attempt, source })?;
         let index = self.fds.push(names)?;
         self.steps.push(MountStep {
@@ -104,9 +104,10 @@ fn hierarchy(directory: &Path, cgroup: &Path) -> Result<Hierarchy, LaunchError> 
 /// controllers share one, a link for each of them.
 fn names(
     hierarchies: &[Hierarchy],
+    label: &str,
 ) -> Result<std::os::fd::OwnedFd, (&'static str, berth_sys::Errno)> {
     let attrs = attr::NOSUID | attr::NODEV | attr::NOEXEC;
-    let tmpfs = mount::new_fs("tmpfs", "tmpfs", "mode=755,size=64k", attrs)
+    let tmpfs = mount::new_labelled_fs("tmpfs", "tmpfs", "mode=755,size=64k", label, attrs)
         .map_err(|e| ("mount a tmpfs", e))?;
     for Hierarchy { name, .. } in hierarchies {
         rustix::fs::mkdirat(&tmpfs, name, Mode::from_raw_mode(0o755))
@@ -147,7 +148,7 @@ mod tests {
             name: name.into(),
             directory: PathBuf::new(),
         };
-        let tmpfs = names(&[of("memory"), of("cpu,cpuacct")]).unwrap();
+        let tmpfs = names(&[of("memory"), of("cpu,cpuacct")], "").unwrap();
         let kind = |name: &str| {
             let stat = rustix::fs::statat(&tmpfs, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
             FileType::from_raw_mode(stat.st_mode)

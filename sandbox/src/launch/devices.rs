@@ -41,8 +41,9 @@ impl Planner {
             path: path.into(),
             source,
         };
-        let tmpfs = mount::new_fs("tmpfs", "tmpfs", &data.join(","), options.set)
-            .map_err(|source| failed(DEV, source))?;
+        let tmpfs =
+            mount::new_labelled_fs("tmpfs", "tmpfs", &data.join(","), &self.label, options.set)
+                .map_err(|source| failed(DEV, source))?;
         let below = |node: &DeviceNode| Path::new(&node.path).starts_with(DEV);
         let (ours, others) = nodes.drain(..).partition::<Vec<_>, _>(|node| {
             below(node) && FileType::from_raw_mode(node.kind) != FileType::Fifo

@@ -47,6 +47,7 @@ fn extra() -> Extra {
         user_namespaces: Vec::new(),
         directories: Vec::new(),
         prepared: BTreeMap::new(),
+        opened: BTreeMap::new(),
     }
 }
 
@@ -302,6 +303,62 @@ fn more_mounts_than_descriptors_are_refused() {
         plan(&spec, extra()),
         Err(LaunchError::TooManyMounts)
     ));
+}
+
+#[test]
+fn labels_are_in_the_spec_and_told_to_the_monitor() {
+    let mut sample = Sample::new();
+    let plain = plan_of(&sample);
+    assert_eq!(plain.mount_label, "");
+    assert_eq!(plain.process.unwrap().selinux_label, "");
+    sample.selinux = Some(crate::selinux::Labels {
+        process: "u:r:container_t:s0:c1,c2".into(),
+        mount: "u:object_r:container_file_t:s0:c1,c2".into(),
+    });
+    let spec = sample.spec();
+    let label = spec.linux().as_ref().unwrap().mount_label().clone();
+    assert_eq!(label.unwrap(), "u:object_r:container_file_t:s0:c1,c2");
+    let launch = plan_of(&sample);
+    assert_eq!(launch.mount_label, "u:object_r:container_file_t:s0:c1,c2");
+    let process = launch.process.unwrap();
+    assert_eq!(process.selinux_label, "u:r:container_t:s0:c1,c2");
+    // A privileged container's: files have a label, processes none.
+    sample.selinux.as_mut().unwrap().process.clear();
+    let spec = sample.spec();
+    assert_eq!(*spec.process().as_ref().unwrap().selinux_label(), None);
+    assert_eq!(plan_of(&sample).process.unwrap().selinux_label, "");
+}
+
+/// The launch of a container whose file systems are all left to the monitor.
+fn plan_of(sample: &Sample) -> proto::Launch {
+    let mut spec = sample.spec();
+    let mut mounts = spec.mounts().clone().unwrap();
+    let kinds = ["tmpfs", "devpts", "proc"];
+    mounts.retain(|mount| {
+        kinds
+            .iter()
+            .any(|kind| mount.typ().as_deref() == Some(kind))
+    });
+    spec.set_mounts(Some(mounts));
+    plan(&spec, extra()).unwrap().0
+}
+
+#[test]
+fn a_source_that_is_open_is_the_one_that_is_mounted() {
+    apart(|| {
+        let host = Host::new();
+        fs::write(host.make_dir("relabelled").join("file"), "right").unwrap();
+        let mut extra = extra();
+        let opened = open_source(&host.path("relabelled"), Path::new("/data")).unwrap();
+        extra.opened.insert("/data".into(), opened);
+        // Another is at the path by now.
+        fs::rename(host.path("relabelled"), host.path("away")).unwrap();
+        fs::write(host.make_dir("relabelled").join("file"), "wrong").unwrap();
+        let request = bind(host.path("relabelled"), "/data");
+        let (launch, fds) = plan(&spec_with(vec![request]), extra).unwrap();
+        let fd = &fds[launch.mounts[0].fd.unwrap() as usize];
+        assert_eq!(read(fd, "file"), "right");
+    });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::{Input, OciError};
 use crate::capability::{self, CapSet};
-use crate::container_spec::{AppArmorProfile, EnvVar, SelinuxLabel};
+use crate::container_spec::{AppArmorProfile, EnvVar};
 use crate::image::ImageConfig;
 use oci_spec::runtime::{self as oci, Capability};
 use std::collections::{HashMap, HashSet};
@@ -73,8 +73,8 @@ pub(super) fn build(input: &Input<'_>) -> Result<Built, OciError> {
         .set_no_new_privileges(Some(security.no_new_privs))
         .set_oom_score_adj(Some(oom_score_adj.max(input.defaults.least_oom_score_adj)))
         .set_apparmor_profile(apparmor(input)?);
-    if input.defaults.selinux {
-        process.set_selinux_label(security.selinux.as_ref().map(selinux_label));
+    if let Some(labels) = input.selinux {
+        process.set_selinux_label(super::some(&labels.process));
     }
     Ok(Built {
         process,
@@ -207,17 +207,6 @@ fn apparmor(input: &Input<'_>) -> Result<Option<String>, OciError> {
             profile: profile.clone(),
         }),
     }
-}
-
-/// "user:role:type:level".
-pub(super) fn selinux_label(label: &SelinuxLabel) -> String {
-    let SelinuxLabel {
-        user,
-        role,
-        r#type,
-        level,
-    } = label;
-    format!("{user}:{role}:{type}:{level}")
 }
 
 #[cfg(test)]

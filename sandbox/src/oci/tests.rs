@@ -20,6 +20,7 @@ pub(crate) struct Sample {
     pub cgroup_path: String,
     pub image_volumes: BTreeMap<String, PathBuf>,
     pub defaults: Defaults,
+    pub selinux: Option<Labels>,
 }
 
 impl Sample {
@@ -121,6 +122,7 @@ impl Sample {
             cgroup_path: "/kubepods/pod1/berth-b".into(),
             image_volumes: BTreeMap::new(),
             defaults: Defaults::default(),
+            selinux: None,
         }
     }
 
@@ -136,6 +138,7 @@ impl Sample {
             namespaces: &self.namespaces,
             cgroup_path: &self.cgroup_path,
             image_volumes: &self.image_volumes,
+            selinux: self.selinux.as_ref(),
             defaults: &self.defaults,
             host_devices: true,
         })

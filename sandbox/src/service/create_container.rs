@@ -78,7 +78,7 @@ impl Inner {
             .stop_signal
             .as_deref()
             .and_then(parse_stop_signal);
-        let container = ContainerRecord {
+        let mut container = ContainerRecord {
             id: ContainerId::random().map_err(internal("no random ID"))?,
             pod,
             log_path: self.log_path(&record.spec, &spec),
@@ -90,10 +90,15 @@ impl Inner {
             identity: None,
             cdi: cdi::Edits::default(),
             cgroup: None,
+            selinux: None,
             message: String::new(),
         };
-        let me = self.clone();
-        let container = blocking(move || me.objects.insert_container(container)).await?;
+        let (me, pod) = (self.clone(), record.clone());
+        let container = blocking(move || {
+            container.selinux = me.labels(&pod, &container)?;
+            me.objects.insert_container(container)
+        })
+        .await?;
         crash::point("create_container.record");
         let made = self.make_container(&container, &stage).await;
         if let Err(error) = made {
@@ -257,6 +262,7 @@ impl Inner {
             namespaces: &namespaces,
             cgroup_path: container.cgroup.as_ref().map_or("", Cgroup::path),
             image_volumes: &self.image_volumes(container),
+            selinux: container.selinux.as_ref(),
             defaults: &self.settings.defaults,
             host_devices: self
                 .oci_runtime(&pod.spec)?

@@ -170,6 +170,8 @@ impl Inner {
         self.join_namespaces(&mut spec, container, held)?;
         self.add_seccomp(&mut spec, container)?;
         self.add_annotations(&mut spec, pod, &container.spec, runtime);
+        // The runtime opens them by name again.
+        drop(self.relabelled(pod, container)?);
         let rootfs = self.rootfs(&pod.spec, container)?;
         attach(&rootfs, &dir.join("rootfs")).map_err(internal(failed()))?;
         let volumes = self.mounted_images(&pod.spec, container)?;

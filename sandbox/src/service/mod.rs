@@ -20,6 +20,7 @@ mod recovery;
 mod remove;
 mod run_pod;
 mod scope;
+mod selinux;
 mod start_container;
 mod stats;
 mod stop_container;
@@ -104,7 +105,7 @@ pub trait Images: Send + Sync + 'static {
     ) -> std::result::Result<(), ImageError>;
 
     /// The container's root file system as a detached mount, its owners as `owners`
-    /// maps them.
+    /// maps them, its files with the SELinux label `label`.
     ///
     /// # Errors
     /// Nothing was prepared, or the kernel refuses.
@@ -112,6 +113,7 @@ pub trait Images: Send + Sync + 'static {
         &self,
         container: &ContainerId,
         owners: Option<&Mapped>,
+        label: Option<&str>,
     ) -> std::result::Result<OwnedFd, ImageError>;
 
     /// An image that was prepared as a volume of the container, or what is at
@@ -125,6 +127,7 @@ pub trait Images: Send + Sync + 'static {
         image_id: &str,
         sub_path: &str,
         owners: Option<&Mapped>,
+        label: Option<&str>,
     ) -> std::result::Result<OwnedFd, ImageError>;
 
     /// A regular file of the image, symlinks resolved inside it; `None` when there is none.
@@ -163,6 +166,8 @@ pub struct Settings {
     pub log_policy: LogPolicy,
     /// What containers get that ask for nothing else.
     pub defaults: oci::Defaults,
+    /// SELinux, where pods are to have labels.
+    pub selinux: Option<Arc<crate::selinux::Selinux>>,
     /// What pods may name as their runtime handler.
     pub handlers: Handlers,
     /// Directories of CDI files, the least important first.

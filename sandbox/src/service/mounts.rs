@@ -30,6 +30,12 @@ fn volume_mapping(pod: &PodSpec, mount: &MountRequest) -> Option<Mapping> {
     })
 }
 
+/// The SELinux label of all that is mounted for the container.
+fn mount_label(container: &ContainerRecord) -> Option<&str> {
+    let labels = container.selinux.as_ref()?;
+    Some(labels.mount.as_str()).filter(|label| !label.is_empty())
+}
+
 impl Inner {
     /// A user namespace with these maps.
     pub(super) fn mapped(&self, mapping: &Mapping) -> Result<Mapped> {
@@ -54,7 +60,7 @@ impl Inner {
         let mapped = pod_mapping(pod).map(|mapping| self.mapped(&mapping));
         let mapped = mapped.transpose()?;
         self.images
-            .mount(&container.id, mapped.as_ref())
+            .mount(&container.id, mapped.as_ref(), mount_label(container))
             .map_err(internal(format!(
                 "cannot mount the file system of container {}",
                 container.id
@@ -106,6 +112,7 @@ impl Inner {
                     &mount.image_id,
                     &mount.image_sub_path,
                     mapped.as_ref(),
+                    mount_label(container),
                 )
                 // The kubelet looks for this word. Source: cri-api, pkg/errors.
                 .map_err(invalid(format!(

@@ -69,11 +69,12 @@ impl Inner {
             ips: Vec::new(),
             network: None,
             cgroup: None,
+            selinux: None,
             message: String::new(),
             unreadable: false,
         };
         let me = self.clone();
-        let pod = blocking(move || me.objects.insert_pod(pod)).await?;
+        let pod = blocking(move || me.insert_labelled(pod)).await?;
         crash::point("run_pod.record");
         let made = self.make_pod(&pod, &stage).await;
         if let Err(error) = made {
@@ -91,7 +92,9 @@ impl Inner {
             let dir = me.run_dir(&record.id);
             make_dir(&dir)?;
             let resolv = &me.settings.host_resolv_conf;
-            pod_files::make(&dir, &record.spec, resolv)
+            let labels = record.selinux.as_ref();
+            let label = labels.map_or("", |labels| labels.mount.as_str());
+            pod_files::make(&dir, &record.spec, resolv, label)
                 .map_err(internal("cannot make the pod's files"))?;
             make_log_directory(&record.spec)?;
             if record.spec.namespaces.network == Namespace::Pod {
@@ -202,6 +205,10 @@ impl Inner {
             sysctls: sysctls(&self.settings.defaults.sysctls, spec),
             uid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.uids)),
             gid_map: id_map(spec.namespaces.user.as_ref().map(|user| &user.gids)),
+            init_label: match &pod.selinux {
+                Some(labels) if !spec.security.privileged => labels.process.clone(),
+                Some(_) | None => String::new(),
+            },
         };
         monitor
             .tell(request::Body::MakeNamespaces(message), Vec::new())

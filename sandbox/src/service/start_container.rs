@@ -174,7 +174,7 @@ impl Inner {
     }
 
     /// What to say of a start that somebody called off; `None` while it may go on.
-    fn called_off(&self, id: &ContainerId) -> Option<SandboxError> {
+    pub(super) fn called_off(&self, id: &ContainerId) -> Option<SandboxError> {
         let view = self.objects.view();
         let container = view.container(id.as_str());
         if container.is_some_and(|container| container.state == ContainerState::Starting) {
@@ -251,6 +251,7 @@ impl Inner {
             .chain(super::mounts::pod_mapping(&pod.spec).iter())
             .map(|mapping| self.mapped(mapping))
             .collect::<Result<_>>()?;
+        let opened = self.relabelled(pod, container)?;
         let target = self.pid_target(container)?;
         make_log_directory(container)?;
         let cgroup = cgroup_of(container)?;
@@ -287,6 +288,7 @@ impl Inner {
                     &self.settings.defaults,
                 ),
                 prepared,
+                opened,
             },
         );
         let (mut message, fds) = planned.map_err(internal(format!(

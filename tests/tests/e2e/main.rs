@@ -43,6 +43,7 @@ mod resources;
 mod restarts;
 mod runtime_info;
 mod security;
+mod selinux;
 mod stats;
 mod stop;
 mod streaming;

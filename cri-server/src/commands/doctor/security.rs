@@ -3,6 +3,7 @@
 use super::{Finding, Node};
 use berth_sandbox::apparmor;
 use berth_sandbox::monitor::Program;
+use berth_sandbox::selinux::Found;
 use berth_sandbox::user_namespace::UserNamespaces;
 
 /// AppArmor, and whether our own profile is there.
@@ -21,6 +22,38 @@ pub fn app_armor(_: &Node<'_>) -> Vec<Finding> {
                 crate::rpc::chain(&error)
             ),
             "install apparmor_parser (the package apparmor), and start berth again",
+        ),
+    }]
+}
+
+/// SELinux, and whether containers get labels.
+pub fn selinux(node: &Node<'_>) -> Vec<Finding> {
+    const SUBJECT: &str = "SELinux";
+    vec![match crate::serve::selinux(&node.config) {
+        Ok(Found::Absent(why)) => Finding::good(SUBJECT, why),
+        Ok(Found::Unusable(why)) => Finding::warning(
+            SUBJECT,
+            format!("on, but containers get no labels: {why}"),
+            "install the policy's package for containers (container-selinux), and start berth again",
+        ),
+        Ok(Found::Enabled(selinux)) => {
+            let mode = match selinux.is_enforcing() {
+                true => "enforcing",
+                false => "permissive: what it forbids is only told",
+            };
+            let (policy, usual) = (selinux.policy(), selinux.usual_process());
+            Finding::good(
+                SUBJECT,
+                format!(
+                    "on, policy {policy}, {mode}; containers are {usual} and a level of their pod's"
+                ),
+            )
+        }
+        Err(error) => Finding::problem(
+            SUBJECT,
+            crate::rpc::chain(&*error),
+            "install the policy's package for containers (container-selinux), or set \
+             runtime.selinux to \"off\"",
         ),
     }]
 }
