@@ -21,6 +21,11 @@ pub const BUILT_IN: [&str; 2] = ["", "berth"];
 /// Runtimes that are offered where they are installed.
 pub const KNOWN: [&str; 2] = ["runc", "crun"];
 
+/// The option that has a runtime make cgroups through systemd.
+///
+/// Source: runc(8), crun(1); gVisor's runsc and youki have it as well.
+pub const SYSTEMD_MODE: &str = "--systemd-cgroup";
+
 /// How long a runtime may take to say what it can do, or to delete.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -36,6 +41,9 @@ pub struct OciRuntime {
     pub root: PathBuf,
     /// Options that come before its commands.
     pub options: Vec<String>,
+    /// With the cgroup driver systemd, Berth makes a container's scope and the runtime is given
+    /// its path; else the runtime makes the scope, told by [`SYSTEMD_MODE`].
+    pub joins_scope: bool,
     /// A privileged container does not get the host's devices.
     pub privileged_without_host_devices: bool,
     /// Annotations of the pod and the container that it is told of: whole keys,

@@ -13,11 +13,11 @@
 
 use super::create_container::invalid;
 use super::{Inner, internal};
-use crate::cgroup::Driver;
+use crate::cgroup::Cgroup;
 use crate::container::ContainerRecord;
 use crate::container_spec::{ContainerSpec, SeccompProfile};
 use crate::error::{Kind, Result, SandboxError};
-use crate::handler::{BUILT_IN, OciRuntime};
+use crate::handler::{BUILT_IN, OciRuntime, SYSTEMD_MODE};
 use crate::monitor::Monitor;
 use crate::pod::PodRecord;
 use crate::pod_spec::{PidMode, PodSpec};
@@ -37,6 +37,9 @@ use std::path::{Path, PathBuf};
 /// What the bundle says it follows: nothing newer is in it, and crun 1.8 refuses
 /// versions it does not know.
 const OCI_VERSION: &str = "1.0.2";
+
+/// Source: crun(1), `run.oci.systemd.subgroup`.
+const CRUN_SUBGROUP: &str = "run.oci.systemd.subgroup";
 
 /// Largest base spec read. Unit: bytes.
 const MOST_BASE_SPEC: u64 = 1 << 20;
@@ -74,9 +77,6 @@ impl Inner {
         if pod.namespaces.user.is_some() {
             return refused("pods in user namespaces; the built-in handler can");
         }
-        if self.cgroups.driver() == Driver::Systemd {
-            return refused("the cgroup driver systemd; the built-in handler can");
-        }
         Ok(())
     }
 
@@ -106,10 +106,14 @@ impl Inner {
             return Err(SandboxError::new(Kind::Unsupported, text));
         }
         let text = |path: &Path| path.to_string_lossy().into_owned();
+        let mut options = runtime.options.clone();
+        if in_systemd_mode(runtime, container).is_some() {
+            options.push(SYSTEMD_MODE.to_owned());
+        }
         Ok(Some(monitor_v1::OciRuntime {
             program: text(&runtime.path),
             root: text(&runtime.root),
-            options: runtime.options.clone(),
+            options,
             bundle: text(&self.bundle(container)),
         }))
     }
@@ -168,6 +172,7 @@ impl Inner {
         self.join_namespaces(&mut spec, container, held)?;
         self.add_seccomp(&mut spec, container)?;
         self.add_annotations(&mut spec, pod, &container.spec, runtime);
+        self.have_scope_made(&mut spec, container, runtime)?;
         let rootfs = self.rootfs(&pod.spec, container)?;
         attach(&rootfs, &dir.join("rootfs")).map_err(internal(failed()))?;
         let volumes = self.mounted_images(&pod.spec, container)?;
@@ -237,6 +242,34 @@ impl Inner {
         Ok(())
     }
 
+    /// Tells a runtime in systemd mode which scope to make and how to limit it.
+    fn have_scope_made(
+        &self,
+        spec: &mut Spec,
+        container: &ContainerRecord,
+        runtime: &OciRuntime,
+    ) -> Result<()> {
+        let (Some(name), Some(cgroup)) = (in_systemd_mode(runtime, container), &container.cgroup)
+        else {
+            return Ok(());
+        };
+        let said = self
+            .cgroups
+            .said_to_runtime(cgroup, &container.spec.resources)
+            .map_err(invalid(format!("cannot limit container {}", container.id)))?;
+        if let Some(linux) = spec.linux_mut() {
+            linux.set_cgroups_path(Some(name.into()));
+            if let (Some(said), Some(resources)) = (said, linux.resources_mut()) {
+                oci::limit(resources, &said);
+            }
+        }
+        // crun would make another cgroup in it; limits and statistics are the scope's.
+        let mut all = spec.annotations().clone().unwrap_or_default();
+        all.insert(CRUN_SUBGROUP.to_owned(), String::new());
+        spec.set_annotations(Some(all));
+        Ok(())
+    }
+
     /// Those that the runtime is to be told of; the container's win.
     fn add_annotations(
         &self,
@@ -301,6 +334,15 @@ impl Inner {
         }
         remove(&dir)
     }
+}
+
+/// Slice, prefix and name of the scope that the runtime is to make; `None` where it is given a
+/// cgroup by its path.
+fn in_systemd_mode(runtime: &OciRuntime, container: &ContainerRecord) -> Option<String> {
+    let cgroup = container.cgroup.as_ref();
+    cgroup
+        .filter(|_| !runtime.joins_scope)
+        .and_then(Cgroup::for_systemd_mode)
 }
 
 /// An OCI process as a runtime's `exec` takes it.
