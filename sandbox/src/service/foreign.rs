@@ -21,16 +21,17 @@ use crate::handler::{BUILT_IN, OciRuntime, SYSTEMD_MODE};
 use crate::monitor::Monitor;
 use crate::pod::PodRecord;
 use crate::pod_spec::{PidMode, PodSpec};
-use crate::{oci, seccomp};
+use crate::{launch, oci, seccomp};
 use berth_proto::monitor_v1::{self, feature, reply, request};
-use berth_sys::{Errno, mount};
+use berth_sys::Errno;
+use berth_sys::mount::{self, Change};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{FileType, Mode, OFlags};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -66,16 +67,16 @@ impl Inner {
 
     /// What a pod may not ask for where an OCI runtime is its handler.
     pub(super) fn check_handler(&self, pod: &PodSpec) -> Result<()> {
-        if self.oci_runtime(pod)?.is_none() {
+        let Some(runtime) = self.oci_runtime(pod)? else {
             return Ok(());
-        }
-        let name = &pod.runtime_handler;
-        let refused = |what: &str| {
-            let text = format!("the runtime handler {name:?} cannot have {what}");
-            Err(SandboxError::new(Kind::Unsupported, text))
         };
-        if pod.namespaces.user.is_some() {
-            return refused("pods in user namespaces; the built-in handler can");
+        if pod.namespaces.user.is_some() && !runtime.features.user_namespaces {
+            let name = &pod.runtime_handler;
+            let text = format!(
+                "the runtime handler {name:?} cannot have pods in user namespaces: its command \
+                 \"features\" does not say that the runtime can; the built-in handler can"
+            );
+            return Err(SandboxError::new(Kind::Unsupported, text));
         }
         Ok(())
     }
@@ -134,7 +135,8 @@ impl Inner {
         Ok(held.map(|held| (held.kind, path(held.fd))).collect())
     }
 
-    /// Lays the bundle out.
+    /// Lays the bundle out. Who the streams are to belong to, where that is somebody else
+    /// than inside.
     ///
     /// Blocks on whatever the container has mounted.
     pub(super) fn make_bundle(
@@ -142,9 +144,9 @@ impl Inner {
         pod: &PodRecord,
         container: &ContainerRecord,
         held: &BTreeMap<String, PathBuf>,
-    ) -> Result<()> {
+    ) -> Result<Option<monitor_v1::Owner>> {
         let Some(runtime) = self.oci_runtime(&pod.spec)? else {
-            return Ok(());
+            return Ok(None);
         };
         let failed = || format!("cannot make the bundle of container {}", container.id);
         let (mut spec, raw_env) = self.runtime_spec(container)?;
@@ -175,7 +177,11 @@ impl Inner {
         self.have_scope_made(&mut spec, container, runtime)?;
         let rootfs = self.rootfs(&pod.spec, container)?;
         attach(&rootfs, &dir.join("rootfs")).map_err(internal(failed()))?;
-        let volumes = self.mounted_images(&pod.spec, container)?;
+        let mut volumes = self.mounted_images(&pod.spec, container)?;
+        make_sources(&spec, &volumes).map_err(internal(failed()))?;
+        if pod.spec.namespaces.user.is_some() {
+            self.bring_sources(&mut spec, &mut volumes)?;
+        }
         for (i, (target, fd)) in volumes.into_iter().enumerate() {
             let place = dir.join("volumes").join(i.to_string());
             make(&dir.join("volumes")).map_err(internal(failed()))?;
@@ -183,9 +189,52 @@ impl Inner {
             attach(&fd, &place).map_err(internal(failed()))?;
             set_source(&mut spec, &target, place);
         }
-        make_sources(&spec).map_err(internal(failed()))?;
         let text = with_base(&spec, runtime.base_spec.as_deref()).map_err(invalid(failed()))?;
-        fs::write(dir.join("config.json"), text).map_err(internal(failed()))
+        fs::write(dir.join("config.json"), text).map_err(internal(failed()))?;
+        let user = spec
+            .process()
+            .as_ref()
+            .map(oci_spec::runtime::Process::user);
+        Ok(user.and_then(|user| launch::stream_owner(&spec, user)))
+    }
+
+    /// For a pod in a user namespace: what is to be bound, as mounts of the bundle's own by
+    /// their targets. There the runtime looks for sources as a user who may not enter the
+    /// directories they are in; and it need not know how to map their owners.
+    fn bring_sources(
+        &self,
+        spec: &mut Spec,
+        volumes: &mut BTreeMap<PathBuf, OwnedFd>,
+    ) -> Result<()> {
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for one in &mut mounts {
+            let target = one.destination().clone();
+            let (Some("bind"), Some(source)) = (one.typ().as_deref(), one.source().clone()) else {
+                continue;
+            };
+            let mapping = launch::mapping(one.uid_mappings(), one.gid_mappings());
+            let has = |name: &str| one.options().iter().flatten().any(|option| option == name);
+            let (recursive, deep) = (has("rbind"), has("ridmap"));
+            if let std::collections::btree_map::Entry::Vacant(free) = volumes.entry(target) {
+                let failed = || format!("cannot bring {} into the bundle", source.display());
+                let copy = mount::clone_tree(&source, recursive).map_err(internal(failed()))?;
+                if let Some(mapping) = &mapping {
+                    let mapped = self.mapped(mapping)?;
+                    let change = Change {
+                        idmap: Some(mapped.namespace.as_fd()),
+                        ..Change::default()
+                    };
+                    mount::set_attr(&copy, change, deep).map_err(internal(failed()))?;
+                }
+                free.insert(copy);
+            }
+            one.set_uid_mappings(None).set_gid_mappings(None);
+            if let Some(options) = one.options_mut() {
+                options.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+            }
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(())
     }
 
     fn join_namespaces(
@@ -209,6 +258,7 @@ impl Inner {
                 (LinuxNamespaceType::Pid, None) => held.get("pid").cloned(),
                 (LinuxNamespaceType::Ipc, _) => held.get("ipc").cloned(),
                 (LinuxNamespaceType::Uts, _) => held.get("uts").cloned(),
+                (LinuxNamespaceType::User, _) => held.get("user").cloned(),
                 _ => continue,
             };
             let kind = namespace.typ().to_string();
@@ -411,8 +461,10 @@ fn set_source(spec: &mut Spec, target: &Path, source: PathBuf) {
 
 /// Makes the directories that bind mounts are to come from and that are not
 /// there, as the built-in launcher does.
-fn make_sources(spec: &Spec) -> io::Result<()> {
-    let is_bind = |mount: &&Mount| mount.typ().as_deref() == Some("bind");
+fn make_sources(spec: &Spec, mounted: &BTreeMap<PathBuf, OwnedFd>) -> io::Result<()> {
+    let is_bind = |mount: &&Mount| {
+        mount.typ().as_deref() == Some("bind") && !mounted.contains_key(mount.destination())
+    };
     for mount in spec.mounts().iter().flatten().filter(is_bind) {
         if let Some(source) = mount.source()
             && !source.exists()

@@ -293,12 +293,13 @@ impl Inner {
     ) -> Result<(monitor_v1::Launch, Held)> {
         make_log_directory(container)?;
         let cgroup = cgroup_of(container)?;
-        self.make_bundle(pod, container, held)?;
+        let stream_owner = self.make_bundle(pod, container, held)?;
         let scope = self.hold_foreign_scope(pod, container, cgroup)?;
         let launch = monitor_v1::Launch {
             container_id: container.id.to_string(),
             process: Some(monitor_v1::Process {
                 tty: container.spec.tty,
+                stream_owner,
                 ..Default::default()
             }),
             cgroup: Some(cgroup.for_monitor()),

@@ -1,8 +1,8 @@
 //! OCI runtimes as handlers. `tests/handlers` runs the suites of containers over
 //! them as well; here is what only they have.
 
-use berth_proto::runtime_v1 as cri;
 use crate::cgroups;
+use berth_proto::runtime_v1 as cri;
 use berth_tests::deadline::eventually;
 use berth_tests::node::is_cgroup_v2;
 use berth_tests::{Container, LinuxConfig as _, Node, Pod};
@@ -138,7 +138,12 @@ fn in_force(container: &Container<'_>) -> Vec<(String, String)> {
         let path = cgroups::path(container, controller, file);
         // A kernel without swap has no file for it.
         let value = fs::read_to_string(&path).ok()?;
-        let place = path.parent().unwrap().file_name().unwrap().to_string_lossy();
+        let place = path
+            .parent()
+            .unwrap()
+            .file_name()
+            .unwrap()
+            .to_string_lossy();
         let place = place.replace(&container.id, "ID");
         Some((format!("{place}/{file}"), value.trim().to_owned()))
     });
@@ -222,36 +227,92 @@ fn a_runtime_without_systemd_mode_is_given_the_cgroup() {
     assert_eq!(of_plain, in_force(&pod.start_as(config)));
 }
 
+fn mapping() -> Vec<cri::IdMapping> {
+    vec![cri::IdMapping {
+        host_id: 196_608,
+        container_id: 0,
+        length: 65_536,
+    }]
+}
+
+/// A pod with a user namespace is asked for.
+fn in_user_namespace(node: &Node) -> cri::PodSandboxConfig {
+    let mut config = node.pod_config(&node.fresh("mapped"));
+    let linux = config.linux.get_or_insert_default();
+    let security = linux.security_context.get_or_insert_default();
+    let options = security.namespace_options.get_or_insert_default();
+    options.userns_options = Some(cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod.into(),
+        uids: mapping(),
+        gids: mapping(),
+    });
+    config
+}
+
+#[test]
+fn pods_in_user_namespaces_work_where_the_handler_says_so() {
+    let node = Node::start();
+    let status = node
+        .wait(node.runtime().status(cri::StatusRequest::default()))
+        .unwrap();
+    let says = |name: &str| {
+        let handler = status.runtime_handlers.iter().find(|h| h.name == name);
+        handler.unwrap().features.unwrap().user_namespaces
+    };
+    // Since 1.1; crun 1.8 does not know the question yet.
+    assert!(says("runc"));
+    let volume = node.root().join("closed/volume");
+    fs::create_dir_all(&volume).unwrap();
+    fs::write(volume.join("file"), "").unwrap();
+    fs::set_permissions(volume.parent().unwrap(), fs::Permissions::from_mode(0o700)).unwrap();
+    for handler in RUNTIMES.into_iter().filter(|name| says(name)) {
+        let pod = node.try_run_by(handler, in_user_namespace(&node)).unwrap();
+        let mut config = pod.container(&["sh", "-c", "echo again > /dev/stdout; sleep 1000"]);
+        config.security().run_as_user = Some(cri::Int64Value { value: 1000 });
+        let mount = config.mount(&volume, "/mapped");
+        (mount.uid_mappings, mount.gid_mappings) = (mapping(), mapping());
+        config.mount(&volume, "/plain");
+        let container = pod.start_as(config);
+        container.wait_for_log("again");
+        let map = container.exec(&["cat", "/proc/self/uid_map"]);
+        let map: Vec<_> = map.split_whitespace().collect();
+        assert_eq!(map, ["0", "196608", "65536"], "{handler}");
+        for (path, owner) in [
+            ("/bin/busybox", "0:0"),
+            ("/mapped/file", "0:0"),
+            ("/plain/file", "65534:65534"),
+        ] {
+            let seen = container.exec(&["stat", "-c", "%u:%g", path]);
+            assert_eq!(seen.trim(), owner, "{handler}: {path}");
+        }
+        let user = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+        let other = pod.start(&["sleep", "1000"]);
+        assert_eq!(user(container.init_pid()), user(other.init_pid()));
+        let owned = fs::read_to_string(format!("/proc/{}/status", container.init_pid())).unwrap();
+        assert!(owned.contains("Uid:\t197608\t"), "{handler}: {owned}");
+        pod.remove();
+    }
+}
+
 #[test]
 fn what_it_cannot_do_is_refused_and_unknown_handlers_are_named() {
-    let node = Node::start();
+    let dir = tempfile::tempdir().unwrap();
+    let silent = "for word; do [ $word = features ] && exit 1; done";
+    let path = wrapper(dir.path(), silent);
+    let config = format!("[handlers.silent]\npath = {path:?}\n");
+    let node = Node::options().config(&config).start();
     let error = node
         .try_run_by("kata", node.pod_config("web"))
         .err()
         .unwrap();
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().contains("kata"), "{error}");
-    let mut config = node.pod_config("web");
-    let security = config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default();
-    let map = |host| cri::IdMapping {
-        host_id: host,
-        container_id: 0,
-        length: 65536,
-    };
-    security
-        .namespace_options
-        .get_or_insert_default()
-        .userns_options = Some(cri::UserNamespace {
-        mode: cri::NamespaceMode::Pod.into(),
-        uids: vec![map(200_000)],
-        gids: vec![map(200_000)],
-    });
-    let error = node.try_run_by("runc", config).err().unwrap();
-    assert!(error.message().contains("runc"), "{error}");
+    let error = node
+        .try_run_by("silent", in_user_namespace(&node))
+        .err()
+        .unwrap();
+    assert!(error.message().contains("silent"), "{error}");
+    assert!(error.message().contains("features"), "{error}");
 }
 
 #[test]
