@@ -72,9 +72,11 @@ test-vm: build
 test-vm-selinux: build
 	tests/vm/suites selinux
 
-# What depends on cgroups and systemd, with both cgroup drivers; an hour at most.
+# What depends on cgroups and systemd, with both cgroup drivers, and over runc and crun with
+# systemd's; two hours at most.
 test-vm-drivers: build
 	tests/vm/suites drivers
+	tests/handlers --vm
 
 test-vm-all: build
 	tests/vm/suites all

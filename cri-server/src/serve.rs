@@ -356,6 +356,7 @@ pub fn handlers(config: &Config, places: &Places) -> Handlers {
             },
             root: handler.root.clone(),
             options: handler.options.clone(),
+            joins_scope: !handler.systemd_cgroup,
             privileged_without_host_devices: handler.privileged_without_host_devices,
             annotations: handler.annotations.clone(),
             base_spec: Some(handler.base_spec.clone()).filter(|p| !p.as_os_str().is_empty()),

@@ -11,7 +11,7 @@
 
 use crate::beneath::Root;
 use crate::status::{self, Failed, Note, Step};
-use berth_proto::monitor_v1::Process;
+use berth_proto::monitor_v1::{Owner, Process};
 use berth_sys::process::Strings;
 use berth_sys::seccomp::Filter;
 use berth_sys::{Errno, caps, process};
@@ -134,14 +134,18 @@ pub fn before_user_namespace<'a>(
 /// The user a program is to run as needs to own its streams, so that it can
 /// open /dev/stdout again. What is no pipe is left alone.
 pub fn give_streams<'a>(wanted: &Process, streams: impl IntoIterator<Item = &'a OwnedFd>) {
-    let owner = wanted
-        .stream_owner
-        .map_or((wanted.uid, wanted.gid), |owner| (owner.uid, owner.gid));
+    let (uid, gid) = (wanted.uid, wanted.gid);
+    let owner = wanted.stream_owner.unwrap_or(Owner { uid, gid });
+    give_streams_to(owner, streams);
+}
+
+/// The same, to somebody as the host counts.
+pub fn give_streams_to<'a>(owner: Owner, streams: impl IntoIterator<Item = &'a OwnedFd>) {
     for stream in streams {
         let is_fifo = rustix::fs::fstat(stream)
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
         if is_fifo {
-            let (uid, gid) = (Uid::from_raw(owner.0), Gid::from_raw(owner.1));
+            let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
             let _ = rustix::fs::fchown(stream, Some(uid), Some(gid));
         }
     }

@@ -15,6 +15,7 @@
 //!
 //! Source: OCI runtime-spec, `runtime.md`; runc(8), crun(1).
 
+use crate::become_program;
 use crate::status::{self, Failed, Heard, Note, Step};
 use berth_proto::monitor_v1 as proto;
 use berth_sys::{Errno, pidfd, process};
@@ -50,6 +51,8 @@ pub struct Driver<'a> {
     pub gate: Option<&'a OwnedFd>,
     /// stdin, stdout, stderr; `None` for /dev/null.
     pub streams: [Option<&'a OwnedFd>; 3],
+    /// Who they are to belong to; `None` leaves that to the runtime.
+    pub owner: Option<proto::Owner>,
     /// With a terminal, whose master the runtime hands out.
     pub tty: bool,
     /// Its size in characters, columns first; 0 leaves it.
@@ -70,6 +73,7 @@ impl Driver<'_> {
     /// Creates and starts the container; the driver's exit code.
     pub fn launch(&self) -> i32 {
         process::reset_signals();
+        self.give_streams();
         self.report(self.create().and_then(|()| self.start()))
     }
 
@@ -77,7 +81,16 @@ impl Driver<'_> {
     /// `description` is the OCI process as JSON.
     pub fn exec(&self, exec_id: &str, description: &str) -> i32 {
         process::reset_signals();
+        self.give_streams();
         self.report(self.enter(exec_id, description))
+    }
+
+    /// In a user namespace the runtime may not.
+    fn give_streams(&self) {
+        if let Some(owner) = self.owner {
+            let streams = self.streams.iter().copied().flatten();
+            become_program::give_streams_to(owner, streams);
+        }
     }
 
     fn report(&self, outcome: Result<(), Failed>) -> i32 {

@@ -21,6 +21,11 @@ pub const BUILT_IN: [&str; 2] = ["", "berth"];
 /// Runtimes that are offered where they are installed.
 pub const KNOWN: [&str; 2] = ["runc", "crun"];
 
+/// The option that has a runtime make cgroups through systemd.
+///
+/// Source: runc(8), crun(1); gVisor's runsc and youki have it as well.
+pub const SYSTEMD_MODE: &str = "--systemd-cgroup";
+
 /// How long a runtime may take to say what it can do, or to delete.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -36,6 +41,9 @@ pub struct OciRuntime {
     pub root: PathBuf,
     /// Options that come before its commands.
     pub options: Vec<String>,
+    /// With the cgroup driver systemd, Berth makes a container's scope and the runtime is given
+    /// its path; else the runtime makes the scope, told by [`SYSTEMD_MODE`].
+    pub joins_scope: bool,
     /// A privileged container does not get the host's devices.
     pub privileged_without_host_devices: bool,
     /// Annotations of the pod and the container that it is told of: whole keys,
@@ -52,6 +60,9 @@ pub struct OciRuntime {
 pub struct Features {
     /// Mounts that are read-only with all below them.
     pub recursive_read_only_mounts: bool,
+    /// Containers that join the user namespace of their pod. It need not be able to map the
+    /// owners of mounts: Berth does.
+    pub user_namespaces: bool,
 }
 
 /// A runtime that does not do what it is told.
@@ -181,12 +192,15 @@ fn read(pipe: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<St
     })
 }
 
-/// Source: OCI runtime-spec, `features.md`, "mountOptions".
+/// Source: OCI runtime-spec, `features.md`, "mountOptions" and `features-linux.md`, "namespaces".
 fn features(answer: &Value) -> Features {
-    let options = answer["mountOptions"].as_array();
-    let has = |name: &str| options.is_some_and(|options| options.iter().any(|o| o == name));
+    let has = |list: &Value, name: &str| {
+        let list = list.as_array();
+        list.is_some_and(|list| list.iter().any(|one| one == name))
+    };
     Features {
-        recursive_read_only_mounts: has("rro"),
+        recursive_read_only_mounts: has(&answer["mountOptions"], "rro"),
+        user_namespaces: has(&answer["linux"]["namespaces"], "user"),
     }
 }
 
@@ -258,14 +272,14 @@ mod tests {
         script(
             dir.path(),
             "crun",
-            r#"[ "$3" = features ] && echo '{"mountOptions":["ro","rro"]}'"#,
+            r#"[ "$3" = features ] && echo '{"mountOptions":["ro","rro"],"linux":{"namespaces":["user"]}}'"#,
         );
         let path = [PathBuf::from("/nowhere"), dir.path().to_owned()];
         let handlers = Handlers::new(BTreeMap::new(), &path, Path::new("/state"));
         assert!(handlers.has("") && handlers.has("berth") && handlers.has("crun"));
         assert!(!handlers.has("runc") && handlers.oci("berth").is_none());
         let crun = handlers.oci("crun").unwrap();
-        assert!(crun.features.recursive_read_only_mounts);
+        assert!(crun.features.recursive_read_only_mounts && crun.features.user_namespaces);
         assert_eq!(crun.root, Path::new("/state/crun"));
     }
 

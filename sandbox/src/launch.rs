@@ -427,7 +427,7 @@ pub fn mappings(spec: &Spec) -> Vec<Mapping> {
 }
 
 /// `None` where neither is given.
-fn mapping(
+pub(crate) fn mapping(
     uids: &Option<Vec<oci::LinuxIdMapping>>,
     gids: &Option<Vec<oci::LinuxIdMapping>>,
 ) -> Option<Mapping> {
@@ -447,8 +447,8 @@ fn mapping(
     (!mapping.uids.is_empty() || !mapping.gids.is_empty()).then_some(mapping)
 }
 
-/// What the process's IDs are on the host.
-fn stream_owner(spec: &Spec, user: &oci::User) -> Option<proto::Owner> {
+/// What the process's IDs are on the host, where they are others there.
+pub(crate) fn stream_owner(spec: &Spec, user: &oci::User) -> Option<proto::Owner> {
     let linux = spec.linux().as_ref()?;
     let mapping = mapping(linux.uid_mappings(), linux.gid_mappings())?;
     Some(proto::Owner {

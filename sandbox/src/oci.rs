@@ -581,6 +581,13 @@ fn namespaces(input: &Input<'_>) -> Result<Vec<oci::LinuxNamespace>, OciError> {
 
 /// For other runtimes and plugins; `crate::cgroup` applies the limits itself.
 fn resources(asked: &Resources) -> oci::LinuxResources {
+    let mut out = oci::LinuxResources::default();
+    limit(&mut out, asked);
+    out
+}
+
+/// Puts limits in the place of those there are; devices stay.
+pub(crate) fn limit(out: &mut oci::LinuxResources, asked: &Resources) {
     let mut cpu = oci::LinuxCpu::default();
     cpu.set_shares(asked.cpu_shares)
         .set_quota(asked.cpu_quota)
@@ -591,7 +598,6 @@ fn resources(asked: &Resources) -> oci::LinuxResources {
     memory
         .set_limit(asked.memory_limit_bytes)
         .set_swap(asked.memory_swap_limit_bytes);
-    let mut out = oci::LinuxResources::default();
     out.set_cpu(Some(cpu)).set_memory(Some(memory));
     if let Some(limit) = asked.pids_limit {
         let mut pids = oci::LinuxPids::default();
@@ -609,7 +615,6 @@ fn resources(asked: &Resources) -> oci::LinuxResources {
     if !asked.unified.is_empty() {
         out.set_unified(Some(asked.unified.clone().into_iter().collect()));
     }
-    out
 }
 
 fn some(text: &str) -> Option<String> {

@@ -139,6 +139,10 @@ section! {
         root: PathBuf = PathBuf::new();
         /// Options that come before its commands.
         options: Vec<String> = Vec::new();
+        /// With the cgroup driver systemd, whether the runtime makes a container's scope, told by
+        /// its option --systemd-cgroup, as runc, crun and runsc have it. false, for a runtime
+        /// without: Berth makes the scope, and the runtime is given the cgroup's path.
+        systemd_cgroup: bool = true;
         /// Whether privileged containers go without the host's devices.
         privileged_without_host_devices: bool = false;
         /// Annotations of pods and containers that the runtime is told of: keys, or beginnings of

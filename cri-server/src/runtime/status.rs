@@ -54,8 +54,11 @@ pub async fn status(
         .iter()
         .map(|name| handler(name, true, user_namespaces));
     let runtimes = daemon.facts.handlers.oci_runtimes();
-    let foreign = runtimes
-        .map(|(name, runtime)| handler(name, runtime.features.recursive_read_only_mounts, false));
+    let foreign = runtimes.map(|(name, runtime)| {
+        let can = runtime.features;
+        let users = user_namespaces && can.user_namespaces;
+        handler(name, can.recursive_read_only_mounts, users)
+    });
     Ok(cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions }),
         info,

@@ -265,6 +265,7 @@ fn drive_exec(
         status,
         gate: None,
         streams: [exec.stdin_fd, exec.stdout_fd, exec.stderr_fd].map(stream),
+        owner: process.and_then(|process| process.stream_owner),
         tty: process.is_some_and(|process| process.tty),
         size: process.map_or((0, 0), |process| (process.tty_width, process.tty_height)),
     };

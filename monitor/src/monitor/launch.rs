@@ -193,6 +193,7 @@ impl Monitor {
                     status: &theirs,
                     gate: Some(&gate),
                     streams: init.streams,
+                    owner: wanted.and_then(|process| process.stream_owner),
                     tty,
                     size: wanted.map_or((0, 0), |process| (process.tty_width, process.tty_height)),
                 };

@@ -91,6 +91,7 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         unified,
         systemd: systemd::Systemd::default(),
         slices: RwLock::default(),
+        entered: Mutex::default(),
         ours: Mutex::default(),
     })
 }

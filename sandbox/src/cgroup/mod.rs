@@ -37,10 +37,10 @@ use crate::container_spec::Resources;
 use crate::id::{ContainerId, PodId};
 use berth_proto::monitor_v1;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 /// What can go wrong; the system's words are the `source`.
@@ -206,6 +206,8 @@ pub struct Cgroups {
     systemd: systemd::Systemd,
     /// Held to read while something is started in a slice, to write while one is stopped.
     slices: RwLock<()>,
+    /// Slices in which somebody else is starting something, by path, and how many are.
+    entered: Mutex<BTreeMap<String, usize>>,
     /// Directories of pods that Berth made, so also its to remove: kept here because several
     /// pods may share one, and the last to go is not the one that made it.
     ours: Mutex<BTreeSet<PathBuf>>,
@@ -380,7 +382,7 @@ impl Cgroups {
                     .flatten()
                     .any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             });
-            if inhabited {
+            if inhabited || self.is_entered(&parent.path) {
                 // Another pod's: that one's record owns it as well.
                 continue;
             }
@@ -407,7 +409,7 @@ impl Cgroups {
         let (Some(unit), Some(directory)) = (&cgroup.scope, &cgroup.unified) else {
             return Ok(());
         };
-        let slice = cgroup.path.rsplit('/').nth(1).unwrap_or_default();
+        let slice = cgroup.slice();
         let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
         self.systemd.start_scope(
             unit,
@@ -424,6 +426,78 @@ impl Cgroups {
             device::apply(cgroup, devices)?;
         }
         Ok(())
+    }
+
+    /// Keeps the slice of a container whose scope a runtime is about to make from being stopped
+    /// as an empty one, as long as what is returned lives. Blocks while one is being stopped.
+    pub fn enter_slice(self: &Arc<Self>, cgroup: &Cgroup) -> Entered {
+        let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
+        let slice = cgroup.parent_path().to_owned();
+        let mut entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
+        *entered.entry(slice.clone()).or_default() += 1;
+        Entered {
+            cgroups: self.clone(),
+            slice,
+        }
+    }
+
+    fn is_entered(&self, slice: &str) -> bool {
+        let entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
+        entered.contains_key(slice)
+    }
+
+    /// Gives a container that an OCI runtime has just started the limits that Berth's own
+    /// launcher would have given it: on v2 runtimes differ in what they make of shares and of
+    /// what is not limited, and systemd is told, so that it does not undo it. On v1 all agree.
+    ///
+    /// # Errors
+    /// As [`Cgroups::update`]; one that has ended meanwhile is none.
+    pub fn settle(&self, cgroup: &Cgroup, resources: &Resources) -> Result<(), Error> {
+        let (Version::V2, Some(directory)) = (cgroup.version, &cgroup.unified) else {
+            return Ok(());
+        };
+        let resources = self.with_defaults(resources);
+        let told = match &cgroup.scope {
+            Some(unit) => self.systemd.set_limits(unit, &resources, true),
+            None => Ok(()),
+        };
+        let written = told.map_err(Error::from).and_then(|()| {
+            // No guard: the runtime has set the same already.
+            v2::apply(directory, &resources, false, &mut Journal::forgetful())
+        });
+        written.or_else(|error| match cgroup.exists() {
+            true => Err(error),
+            false => Ok(()),
+        })
+    }
+
+    /// What an OCI runtime is to be told of the limits of a container whose scope it makes: what
+    /// Berth does by itself elsewhere is said. `None` where it is given a cgroup that is limited.
+    ///
+    /// # Errors
+    /// A raw file that is none of a limit.
+    pub fn said_to_runtime(
+        &self,
+        cgroup: &Cgroup,
+        resources: &Resources,
+    ) -> Result<Option<Resources>, Error> {
+        if cgroup.scope.is_none() {
+            return Ok(None);
+        }
+        v2::check_unified(resources)?;
+        let mut said = self.with_defaults(resources);
+        // A scope has a limit of its own where none is said.
+        said.pids_limit = match said.pids_limit {
+            Some(limit @ 1..) => Some(limit),
+            Some(_) => Some(-1),
+            None if said.unified.contains_key("pids.max") => None,
+            None => Some(-1),
+        };
+        // No word on swap means none.
+        let memory = said.memory_limit_bytes.filter(|limit| *limit > 0);
+        let swap = said.memory_swap_limit_bytes.filter(|swap| *swap != 0);
+        said.memory_swap_limit_bytes = swap.or(memory);
+        Ok(Some(said))
     }
 
     /// What a container is limited to that is given no limit.
@@ -651,7 +725,7 @@ impl Cgroups {
         let written = self.apply(cgroup, change, &mut journal);
         let told = written.and_then(|()| match &cgroup.scope {
             Some(unit) => {
-                self.systemd.set_limits(unit, after)?;
+                self.systemd.set_limits(unit, after, false)?;
                 // It writes the files anew, and rounds. The guard has had its say.
                 let exact = match &cgroup.unified {
                     Some(directory) => {
@@ -712,10 +786,50 @@ impl Hierarchy {
     }
 }
 
+/// See [`Cgroups::enter_slice`].
+#[derive(Debug)]
+pub struct Entered {
+    cgroups: Arc<Cgroups>,
+    slice: String,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let entered = self.cgroups.entered.lock();
+        let mut entered = entered.unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = entered.get_mut(&self.slice) {
+            *count -= 1;
+            if *count == 0 {
+                entered.remove(&self.slice);
+            }
+        }
+    }
+}
+
 impl Cgroup {
     /// Beneath every hierarchy's mount, with a leading slash.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    fn parent_path(&self) -> &str {
+        let split = self.path.rsplit_once('/');
+        split.map_or("", |(parent, _)| parent)
+    }
+
+    fn slice(&self) -> &str {
+        let last = self.parent_path().rsplit('/').next();
+        last.unwrap_or_default()
+    }
+
+    /// Slice, prefix and name as OCI runtimes want them in systemd mode ("a.slice:berth:ID"),
+    /// which make the same scope of it; `None` with the driver cgroupfs.
+    ///
+    /// Source: runc `docs/systemd.md`; crun(1), `--systemd-cgroup`.
+    pub fn for_systemd_mode(&self) -> Option<String> {
+        let name = self.scope.as_ref()?.strip_suffix(".scope")?;
+        let (prefix, name) = name.split_once('-')?;
+        Some(format!("{}:{prefix}:{name}", self.slice()))
     }
 
     pub fn version(&self) -> Version {
@@ -761,15 +875,18 @@ impl Cgroup {
             .iter()
             .map(|d| text(d.path.join("tasks")))
             .collect();
-        let kill_file = self.unified.as_ref().map(|path| path.join("cgroup.kill"));
+        // A scope may not be there yet; its slice is, and has the same files.
+        let has = |directory: &Path| directory.join("cgroup.kill").exists();
+        let kill_file = self
+            .unified
+            .iter()
+            .find(|path| has(path) || self.scope.is_some() && path.parent().is_some_and(has))
+            .map(|path| path.join("cgroup.kill"));
         monitor_v1::Cgroup {
             tasks_files,
             directory,
             oom_file: self.oom_file().map(text).unwrap_or_default(),
-            kill_file: kill_file
-                .filter(|path| path.exists())
-                .map(text)
-                .unwrap_or_default(),
+            kill_file: kill_file.map(text).unwrap_or_default(),
         }
     }
 

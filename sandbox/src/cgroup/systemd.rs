@@ -207,9 +207,15 @@ impl Systemd {
         )
     }
 
-    /// Tells systemd of new limits, so that it does not undo them.
-    pub fn set_limits(&self, unit: &str, resources: &Resources) -> Result<(), SystemdError> {
-        let properties = limits(resources, false);
+    /// Tells systemd of new limits, so that it does not undo them. `all`: what is not limited is
+    /// said as well.
+    pub fn set_limits(
+        &self,
+        unit: &str,
+        resources: &Resources,
+        all: bool,
+    ) -> Result<(), SystemdError> {
+        let properties = limits(resources, all);
         if properties.is_empty() {
             return Ok(());
         }

@@ -88,8 +88,17 @@ pub(super) fn apply(
         }
     }
     hugetlb(directory, resources, journal)?;
+    check_unified(resources)?;
     for (key, value) in &resources.unified {
-        // A file of this cgroup that a controller made, and nothing that moves processes.
+        journal.write(&directory.join(key), value)?;
+    }
+    Ok(())
+}
+
+/// Whether every raw file is one of this cgroup that a controller made, and none that moves
+/// processes.
+pub(super) fn check_unified(resources: &Resources) -> Result<(), Error> {
+    for key in resources.unified.keys() {
         let good = key.contains('.')
             && !key.starts_with("cgroup.")
             && key
@@ -98,7 +107,6 @@ pub(super) fn apply(
         if !good {
             return Err(Error::BadUnifiedKey { key: key.clone() });
         }
-        journal.write(&directory.join(key), value)?;
     }
     Ok(())
 }

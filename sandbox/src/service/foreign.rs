@@ -14,25 +14,26 @@
 
 use super::create_container::invalid;
 use super::{Inner, internal};
-use crate::cgroup::Driver;
+use crate::cgroup::Cgroup;
 use crate::container::ContainerRecord;
 use crate::container_spec::{ContainerSpec, SeccompProfile};
 use crate::error::{Kind, Result, SandboxError};
-use crate::handler::{BUILT_IN, OciRuntime};
+use crate::handler::{BUILT_IN, OciRuntime, SYSTEMD_MODE};
 use crate::hooks::Plan;
 use crate::monitor::Monitor;
 use crate::pod::PodRecord;
 use crate::pod_spec::{PidMode, PodSpec};
-use crate::{oci, seccomp};
+use crate::{launch, oci, seccomp};
 use berth_proto::monitor_v1::{self, feature, reply, request};
-use berth_sys::{Errno, mount};
+use berth_sys::Errno;
+use berth_sys::mount::{self, Change};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{FileType, Mode, OFlags};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -40,8 +41,20 @@ use std::path::{Path, PathBuf};
 /// versions it does not know.
 const OCI_VERSION: &str = "1.0.2";
 
+/// Source: crun(1), `run.oci.systemd.subgroup`.
+const CRUN_SUBGROUP: &str = "run.oci.systemd.subgroup";
+
 /// Largest base spec read. Unit: bytes.
 const MOST_BASE_SPEC: u64 = 1 << 20;
+
+/// What the bundle that was laid out has.
+#[derive(Debug, Default)]
+pub(super) struct Bundle {
+    /// Hooks are run while the container starts.
+    pub hooked: bool,
+    /// Who the streams are to belong to, where that is somebody else than inside.
+    pub stream_owner: Option<monitor_v1::Owner>,
+}
 
 impl Inner {
     /// The OCI runtime of a pod, with its handler's name; `None` for the built-in
@@ -65,19 +78,16 @@ impl Inner {
 
     /// What a pod may not ask for where an OCI runtime is its handler.
     pub(super) fn check_handler(&self, pod: &PodSpec) -> Result<()> {
-        if self.oci_runtime(pod)?.is_none() {
+        let Some(runtime) = self.oci_runtime(pod)? else {
             return Ok(());
-        }
-        let name = &pod.runtime_handler;
-        let refused = |what: &str| {
-            let text = format!("the runtime handler {name:?} cannot have {what}");
-            Err(SandboxError::new(Kind::Unsupported, text))
         };
-        if pod.namespaces.user.is_some() {
-            return refused("pods in user namespaces; the built-in handler can");
-        }
-        if self.cgroups.driver() == Driver::Systemd {
-            return refused("the cgroup driver systemd; the built-in handler can");
+        if pod.namespaces.user.is_some() && !runtime.features.user_namespaces {
+            let name = &pod.runtime_handler;
+            let text = format!(
+                "the runtime handler {name:?} cannot have pods in user namespaces: its command \
+                 \"features\" does not say that the runtime can; the built-in handler can"
+            );
+            return Err(SandboxError::new(Kind::Unsupported, text));
         }
         Ok(())
     }
@@ -108,10 +118,14 @@ impl Inner {
             return Err(SandboxError::new(Kind::Unsupported, text));
         }
         let text = |path: &Path| path.to_string_lossy().into_owned();
+        let mut options = runtime.options.clone();
+        if in_systemd_mode(runtime, container).is_some() {
+            options.push(SYSTEMD_MODE.to_owned());
+        }
         Ok(Some(monitor_v1::OciRuntime {
             program: text(&runtime.path),
             root: text(&runtime.root),
-            options: runtime.options.clone(),
+            options,
             bundle: text(&self.bundle(container)),
         }))
     }
@@ -132,7 +146,7 @@ impl Inner {
         Ok(held.map(|held| (held.kind, path(held.fd))).collect())
     }
 
-    /// Lays the bundle out; whether it has hooks.
+    /// Lays the bundle out.
     ///
     /// Blocks on whatever the container has mounted.
     pub(super) fn make_bundle(
@@ -140,9 +154,9 @@ impl Inner {
         pod: &PodRecord,
         container: &ContainerRecord,
         held: &BTreeMap<String, PathBuf>,
-    ) -> Result<bool> {
+    ) -> Result<Bundle> {
         let Some(runtime) = self.oci_runtime(&pod.spec)? else {
-            return Ok(false);
+            return Ok(Bundle::default());
         };
         let failed = || format!("cannot make the bundle of container {}", container.id);
         let (mut spec, raw_env) = self.runtime_spec(container)?;
@@ -172,9 +186,14 @@ impl Inner {
         self.add_annotations(&mut spec, pod, &container.spec, runtime);
         // The runtime opens them by name again.
         drop(self.relabelled(pod, container)?);
+        self.have_scope_made(&mut spec, container, runtime)?;
         let rootfs = self.rootfs(&pod.spec, container)?;
         attach(&rootfs, &dir.join("rootfs")).map_err(internal(failed()))?;
-        let volumes = self.mounted_images(&pod.spec, container)?;
+        let mut volumes = self.mounted_images(&pod.spec, container)?;
+        make_sources(&spec, &volumes).map_err(internal(failed()))?;
+        if pod.spec.namespaces.user.is_some() {
+            self.bring_sources(&mut spec, &mut volumes)?;
+        }
         for (i, (target, fd)) in volumes.into_iter().enumerate() {
             let place = dir.join("volumes").join(i.to_string());
             make(&dir.join("volumes")).map_err(internal(failed()))?;
@@ -182,12 +201,55 @@ impl Inner {
             attach(&fd, &place).map_err(internal(failed()))?;
             set_source(&mut spec, &target, place);
         }
-        make_sources(&spec).map_err(internal(failed()))?;
         let spec = with_base(&spec, runtime.base_spec.as_deref()).map_err(invalid(failed()))?;
         let hooks = Plan::of(&spec).map_err(invalid(failed()))?;
         let text = serde_json::to_string(&spec).map_err(internal(failed()))?;
         fs::write(dir.join("config.json"), text).map_err(internal(failed()))?;
-        Ok(!hooks.is_empty())
+        let process = spec.process().as_ref();
+        let user = process.map(oci_spec::runtime::Process::user);
+        Ok(Bundle {
+            hooked: !hooks.is_empty(),
+            stream_owner: user.and_then(|user| launch::stream_owner(&spec, user)),
+        })
+    }
+
+    /// For a pod in a user namespace: what is to be bound, as mounts of the bundle's own by
+    /// their targets. There the runtime looks for sources as a user who may not enter the
+    /// directories they are in; and it need not know how to map their owners.
+    fn bring_sources(
+        &self,
+        spec: &mut Spec,
+        volumes: &mut BTreeMap<PathBuf, OwnedFd>,
+    ) -> Result<()> {
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for one in &mut mounts {
+            let target = one.destination().clone();
+            let (Some("bind"), Some(source)) = (one.typ().as_deref(), one.source().clone()) else {
+                continue;
+            };
+            let mapping = launch::mapping(one.uid_mappings(), one.gid_mappings());
+            let has = |name: &str| one.options().iter().flatten().any(|option| option == name);
+            let (recursive, deep) = (has("rbind"), has("ridmap"));
+            if let std::collections::btree_map::Entry::Vacant(free) = volumes.entry(target) {
+                let failed = || format!("cannot bring {} into the bundle", source.display());
+                let copy = mount::clone_tree(&source, recursive).map_err(internal(failed()))?;
+                if let Some(mapping) = &mapping {
+                    let mapped = self.mapped(mapping)?;
+                    let change = Change {
+                        idmap: Some(mapped.namespace.as_fd()),
+                        ..Change::default()
+                    };
+                    mount::set_attr(&copy, change, deep).map_err(internal(failed()))?;
+                }
+                free.insert(copy);
+            }
+            one.set_uid_mappings(None).set_gid_mappings(None);
+            if let Some(options) = one.options_mut() {
+                options.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+            }
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(())
     }
 
     pub(super) fn join_namespaces(
@@ -242,6 +304,34 @@ impl Inner {
         if let Some(linux) = spec.linux_mut() {
             linux.set_seccomp(Some(profile));
         }
+        Ok(())
+    }
+
+    /// Tells a runtime in systemd mode which scope to make and how to limit it.
+    fn have_scope_made(
+        &self,
+        spec: &mut Spec,
+        container: &ContainerRecord,
+        runtime: &OciRuntime,
+    ) -> Result<()> {
+        let (Some(name), Some(cgroup)) = (in_systemd_mode(runtime, container), &container.cgroup)
+        else {
+            return Ok(());
+        };
+        let said = self
+            .cgroups
+            .said_to_runtime(cgroup, &container.spec.resources)
+            .map_err(invalid(format!("cannot limit container {}", container.id)))?;
+        if let Some(linux) = spec.linux_mut() {
+            linux.set_cgroups_path(Some(name.into()));
+            if let (Some(said), Some(resources)) = (said, linux.resources_mut()) {
+                oci::limit(resources, &said);
+            }
+        }
+        // crun would make another cgroup in it; limits and statistics are the scope's.
+        let mut all = spec.annotations().clone().unwrap_or_default();
+        all.insert(CRUN_SUBGROUP.to_owned(), String::new());
+        spec.set_annotations(Some(all));
         Ok(())
     }
 
@@ -329,6 +419,15 @@ fn clear(dir: &Path) -> io::Result<()> {
     remove(dir)
 }
 
+/// Slice, prefix and name of the scope that the runtime is to make; `None` where it is given a
+/// cgroup by its path.
+fn in_systemd_mode(runtime: &OciRuntime, container: &ContainerRecord) -> Option<String> {
+    let cgroup = container.cgroup.as_ref();
+    cgroup
+        .filter(|_| !runtime.joins_scope)
+        .and_then(Cgroup::for_systemd_mode)
+}
+
 /// An OCI process as a runtime's `exec` takes it.
 ///
 /// # Errors
@@ -395,8 +494,10 @@ fn set_source(spec: &mut Spec, target: &Path, source: PathBuf) {
 
 /// Makes the directories that bind mounts are to come from and that are not
 /// there, as the built-in launcher does.
-fn make_sources(spec: &Spec) -> io::Result<()> {
-    let is_bind = |mount: &&Mount| mount.typ().as_deref() == Some("bind");
+fn make_sources(spec: &Spec, mounted: &BTreeMap<PathBuf, OwnedFd>) -> io::Result<()> {
+    let is_bind = |mount: &&Mount| {
+        mount.typ().as_deref() == Some("bind") && !mounted.contains_key(mount.destination())
+    };
     for mount in spec.mounts().iter().flatten().filter(is_bind) {
         if let Some(source) = mount.source()
             && !source.exists()

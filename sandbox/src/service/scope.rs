@@ -2,17 +2,27 @@
 //! only with the systemd cgroup driver, see `cgroup::systemd`.
 
 use super::{Inner, internal};
-use crate::cgroup::{DeviceRule, Driver};
+use crate::cgroup::{Cgroup, Cgroups, DeviceRule, Driver, Entered};
 use crate::container::ContainerRecord;
 use crate::error::Result;
 use std::process::{Child, Stdio};
+use std::sync::Arc;
 
 /// Holds a scope; it ends when this is dropped, and by itself when the daemon ends.
-pub(super) struct Held(Option<Child>);
+#[derive(Default)]
+pub(super) struct Held {
+    holder: Option<Child>,
+    _slice: Option<Entered>,
+}
 
 impl Held {
-    /// Nothing to hold.
-    pub(super) const NOTHING: Held = Held(None);
+    /// Holds the slice of a container, in which an OCI runtime is about to make the scope.
+    pub(super) fn slice_of(cgroups: &Arc<Cgroups>, cgroup: &Cgroup) -> Held {
+        Held {
+            holder: None,
+            _slice: Some(cgroups.enter_slice(cgroup)),
+        }
+    }
 }
 
 impl Inner {
@@ -25,7 +35,7 @@ impl Inner {
     ) -> Result<Held> {
         let cgroup = match &container.cgroup {
             Some(cgroup) if self.cgroups.driver() == Driver::Systemd => cgroup,
-            Some(_) | None => return Ok(Held(None)),
+            Some(_) | None => return Ok(Held::default()),
         };
         let holder = self
             .program
@@ -37,7 +47,10 @@ impl Inner {
             .spawn()
             .map_err(internal("cannot start the holder of a scope"))?;
         let pid = holder.id();
-        let held = Held(Some(holder));
+        let held = Held {
+            holder: Some(holder),
+            _slice: None,
+        };
         self.cgroups
             .open_scope(cgroup, pid, &container.spec.resources, devices)
             .map_err(internal(format!(
@@ -50,7 +63,7 @@ impl Inner {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let Some(mut holder) = self.0.take() else {
+        let Some(mut holder) = self.holder.take() else {
             return;
         };
         // It has ended already where this fails.

@@ -138,10 +138,11 @@ impl Inner {
             }
             Some(runtime) => {
                 let planned = blocking(move || me.plan_foreign(&pod, &record, runtime, &held));
-                let (message, hooked) = planned.await?;
-                (message, Vec::new(), Held::NOTHING, hooked)
+                let (message, held, hooked) = planned.await?;
+                (message, Vec::new(), held, hooked)
             }
         };
+        let foreign = message.oci_runtime.is_some();
         crash::point("start_container.planned");
         stage.enter(if hooked { "hooks" } else { "launch" });
         self.begin_launch(&container.id, hooked).await?;
@@ -150,12 +151,36 @@ impl Inner {
             .await
             .map_err(|error| launch_error(error, "cannot start the container"))?;
         crash::point("start_container.launched");
+        if foreign {
+            self.settle_limits(container).await;
+        }
         match answer {
             reply::Body::Started(started) => Ok(started),
             _ => Err(SandboxError::new(
                 Kind::Internal,
                 "the monitor's answer does not fit",
             )),
+        }
+    }
+
+    /// After an OCI runtime's start.
+    async fn settle_limits(self: &Arc<Self>, container: &Arc<ContainerRecord>) {
+        let (me, record) = (self.clone(), container.clone());
+        let settled = blocking(move || {
+            let Some(cgroup) = &record.cgroup else {
+                return Ok(());
+            };
+            // As they are by now: an update may have come since.
+            let view = me.objects.view();
+            let known = view.container(record.id.as_str());
+            let resources = known.map_or(&record.spec.resources, |known| &known.spec.resources);
+            let settled = me.cgroups.settle(cgroup, resources);
+            settled.map_err(internal("cannot set the limits anew"))
+        });
+        if let Err(error) = settled.await {
+            // Those that the runtime has set hold.
+            tracing::warn!(container = %container.id, error = error.chain(),
+                "limits stay as the runtime understands them");
         }
     }
 
@@ -316,14 +341,16 @@ impl Inner {
         container: &ContainerRecord,
         runtime: monitor_v1::OciRuntime,
         held: &BTreeMap<String, PathBuf>,
-    ) -> Result<(monitor_v1::Launch, bool)> {
+    ) -> Result<(monitor_v1::Launch, Held, bool)> {
         make_log_directory(container)?;
         let cgroup = cgroup_of(container)?;
-        let hooked = self.make_bundle(pod, container, held)?;
+        let bundle = self.make_bundle(pod, container, held)?;
+        let scope = self.hold_foreign_scope(pod, container, cgroup)?;
         let launch = monitor_v1::Launch {
             container_id: container.id.to_string(),
             process: Some(monitor_v1::Process {
                 tty: container.spec.tty,
+                stream_owner: bundle.stream_owner,
                 ..Default::default()
             }),
             cgroup: Some(cgroup.for_monitor()),
@@ -341,7 +368,23 @@ impl Inner {
             oci_runtime: Some(runtime),
             ..Default::default()
         };
-        Ok((launch, hooked))
+        Ok((launch, scope, bundle.hooked))
+    }
+
+    /// The scope of a container whose runtime does not make it, or the slice for one that does.
+    fn hold_foreign_scope(
+        &self,
+        pod: &PodRecord,
+        container: &ContainerRecord,
+        cgroup: &Cgroup,
+    ) -> Result<Held> {
+        match self.oci_runtime(&pod.spec)? {
+            Some(runtime) if runtime.joins_scope => {
+                let (spec, _) = self.runtime_spec(container)?;
+                self.hold_scope(container, &oci::device_rules(&spec))
+            }
+            Some(_) | None => Ok(Held::slice_of(&self.cgroups, cgroup)),
+        }
     }
 }
 

@@ -1,9 +1,11 @@
 //! OCI runtimes as handlers. `tests/handlers` runs the suites of containers over
 //! them as well; here is what only they have.
 
+use crate::cgroups;
 use berth_proto::runtime_v1 as cri;
 use berth_tests::deadline::eventually;
-use berth_tests::{Node, Pod};
+use berth_tests::node::is_cgroup_v2;
+use berth_tests::{Container, LinuxConfig as _, Node, Pod};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -20,8 +22,12 @@ fn run<'n>(node: &'n Node, handler: &str) -> Pod<'n> {
 
 /// A program that does something and becomes runc.
 fn wrapper(dir: &Path, before: &str) -> PathBuf {
+    wrapper_of("runc", dir, before)
+}
+
+fn wrapper_of(runtime: &str, dir: &Path, before: &str) -> PathBuf {
     let path = dir.join("wrapper");
-    let text = format!("#!/bin/sh\n{before}\nexec runc \"$@\"\n");
+    let text = format!("#!/bin/sh\n{before}\nexec {runtime} \"$@\"\n");
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
@@ -108,36 +114,205 @@ fn an_exec_that_is_killed_leaves_nothing() {
     }
 }
 
+/// What the kernel has of a container's limits, and where, without its ID.
+fn in_force(container: &Container<'_>) -> Vec<(String, String)> {
+    let files: &[(&str, &str)] = match is_cgroup_v2() {
+        true => &[
+            ("", "memory.max"),
+            ("", "memory.swap.max"),
+            ("", "memory.high"),
+            ("", "cpu.max"),
+            ("", "cpu.weight"),
+            ("", "pids.max"),
+            ("", "cpuset.cpus"),
+        ],
+        false => &[
+            ("memory", "memory.limit_in_bytes"),
+            ("cpu", "cpu.shares"),
+            ("cpu", "cpu.cfs_quota_us"),
+            ("pids", "pids.max"),
+            ("cpuset", "cpuset.cpus"),
+        ],
+    };
+    let own = files.iter().filter_map(|(controller, file)| {
+        let path = cgroups::path(container, controller, file);
+        // A kernel without swap has no file for it.
+        let value = fs::read_to_string(&path).ok()?;
+        let place = path
+            .parent()
+            .unwrap()
+            .file_name()
+            .unwrap()
+            .to_string_lossy();
+        let place = place.replace(&container.id, "ID");
+        Some((format!("{place}/{file}"), value.trim().to_owned()))
+    });
+    own.collect()
+}
+
+#[test]
+fn limits_are_those_of_the_built_in_handler_also_after_an_update() {
+    let node = Node::options().cgroup("pids_limit = 500").start();
+    let limits = |memory: i64, shares: i64, quota: i64| cri::LinuxContainerResources {
+        memory_limit_in_bytes: memory << 20,
+        cpu_shares: shares,
+        cpu_quota: quota,
+        cpu_period: 50_000,
+        ..Default::default()
+    };
+    let seen = |handler: &str| {
+        let pod = run(&node, handler);
+        let free = in_force(&pod.start(&["sleep", "1000"]));
+        let mut config = pod.container(&["sleep", "1000"]);
+        *config.resources() = limits(64, 512, 25_000);
+        config.resources().cpuset_cpus = "0".into();
+        let container = pod.start_as(config);
+        let limited = in_force(&container);
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: container.id.clone(),
+            linux: Some(limits(96, 2048, 40_000)),
+            ..Default::default()
+        };
+        node.wait(node.runtime().update_container_resources(request))
+            .unwrap_or_else(|error| panic!("{handler}: {error}"));
+        let updated = in_force(&container);
+        // It is in there, and no device that is not its own is.
+        container.exec(&["sh", "-c", "echo x > /dev/null"]);
+        let refused = container
+            .try_exec(&["sh", "-c", "mknod /kmsg c 1 11 && cat /kmsg"], 20)
+            .unwrap();
+        assert_ne!(refused.exit_code, 0, "{handler}");
+        pod.remove();
+        [free, limited, updated]
+    };
+    let expected = seen("");
+    assert_ne!(expected[0], expected[1]);
+    assert_ne!(expected[1], expected[2]);
+    for handler in RUNTIMES {
+        assert_eq!(seen(handler), expected, "{handler}");
+    }
+}
+
+#[test]
+fn a_runtime_without_systemd_mode_is_given_the_cgroup() {
+    let dir = tempfile::tempdir().unwrap();
+    let seen = dir.path().join("seen");
+    let before = format!(
+        "for word; do [ $word = create ] && cp config.json {0} && echo \"$@\" > {0}.words; done",
+        seen.display()
+    );
+    // runc may refuse a cgroup that somebody is in, crun a host of version 1.
+    let runtime = if is_cgroup_v2() { "crun" } else { "runc" };
+    let path = wrapper_of(runtime, dir.path(), &before);
+    let config = format!("[handlers.plain]\npath = {path:?}\nsystemd_cgroup = false\n");
+    let node = Node::options().config(&config).start();
+    let pod = run(&node, "plain");
+    let mut config = pod.container(&["sleep", "1000"]);
+    config.resources().memory_limit_in_bytes = 64 << 20;
+    let container = pod.start_as(config);
+    let of_plain = in_force(&container);
+    let words = fs::read_to_string(seen.with_extension("words")).unwrap();
+    assert!(!words.contains("systemd"), "{words}");
+    let spec: Value = serde_json::from_str(&fs::read_to_string(&seen).unwrap()).unwrap();
+    let given = spec["linux"]["cgroupsPath"].as_str().unwrap();
+    assert!(
+        given.starts_with('/') && given.contains(&container.id),
+        "{given}"
+    );
+    assert_eq!(container.exec(&["echo", "in"]), "in\n");
+    pod.remove();
+    let pod = run(&node, "");
+    let mut config = pod.container(&["sleep", "1000"]);
+    config.resources().memory_limit_in_bytes = 64 << 20;
+    assert_eq!(of_plain, in_force(&pod.start_as(config)));
+}
+
+fn mapping() -> Vec<cri::IdMapping> {
+    vec![cri::IdMapping {
+        host_id: 196_608,
+        container_id: 0,
+        length: 65_536,
+    }]
+}
+
+/// A pod with a user namespace is asked for.
+fn in_user_namespace(node: &Node) -> cri::PodSandboxConfig {
+    let mut config = node.pod_config(&node.fresh("mapped"));
+    let linux = config.linux.get_or_insert_default();
+    let security = linux.security_context.get_or_insert_default();
+    let options = security.namespace_options.get_or_insert_default();
+    options.userns_options = Some(cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod.into(),
+        uids: mapping(),
+        gids: mapping(),
+    });
+    config
+}
+
+#[test]
+fn pods_in_user_namespaces_work_where_the_handler_says_so() {
+    let node = Node::start();
+    let status = node
+        .wait(node.runtime().status(cri::StatusRequest::default()))
+        .unwrap();
+    let says = |name: &str| {
+        let handler = status.runtime_handlers.iter().find(|h| h.name == name);
+        handler.unwrap().features.unwrap().user_namespaces
+    };
+    // Since 1.1; crun 1.8 does not know the question yet.
+    assert!(says("runc"));
+    let volume = node.root().join("closed/volume");
+    fs::create_dir_all(&volume).unwrap();
+    fs::write(volume.join("file"), "").unwrap();
+    fs::set_permissions(volume.parent().unwrap(), fs::Permissions::from_mode(0o700)).unwrap();
+    for handler in RUNTIMES.into_iter().filter(|name| says(name)) {
+        let pod = node.try_run_by(handler, in_user_namespace(&node)).unwrap();
+        let mut config = pod.container(&["sh", "-c", "echo again > /dev/stdout; sleep 1000"]);
+        config.security().run_as_user = Some(cri::Int64Value { value: 1000 });
+        let mount = config.mount(&volume, "/mapped");
+        (mount.uid_mappings, mount.gid_mappings) = (mapping(), mapping());
+        config.mount(&volume, "/plain");
+        let container = pod.start_as(config);
+        container.wait_for_log("again");
+        let map = container.exec(&["cat", "/proc/self/uid_map"]);
+        let map: Vec<_> = map.split_whitespace().collect();
+        assert_eq!(map, ["0", "196608", "65536"], "{handler}");
+        for (path, owner) in [
+            ("/bin/busybox", "0:0"),
+            ("/mapped/file", "0:0"),
+            ("/plain/file", "65534:65534"),
+        ] {
+            let seen = container.exec(&["stat", "-c", "%u:%g", path]);
+            assert_eq!(seen.trim(), owner, "{handler}: {path}");
+        }
+        let user = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+        let other = pod.start(&["sleep", "1000"]);
+        assert_eq!(user(container.init_pid()), user(other.init_pid()));
+        let owned = fs::read_to_string(format!("/proc/{}/status", container.init_pid())).unwrap();
+        assert!(owned.contains("Uid:\t197608\t"), "{handler}: {owned}");
+        pod.remove();
+    }
+}
+
 #[test]
 fn what_it_cannot_do_is_refused_and_unknown_handlers_are_named() {
-    let node = Node::start();
+    let dir = tempfile::tempdir().unwrap();
+    let silent = "for word; do [ $word = features ] && exit 1; done";
+    let path = wrapper(dir.path(), silent);
+    let config = format!("[handlers.silent]\npath = {path:?}\n");
+    let node = Node::options().config(&config).start();
     let error = node
         .try_run_by("kata", node.pod_config("web"))
         .err()
         .unwrap();
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(error.message().contains("kata"), "{error}");
-    let mut config = node.pod_config("web");
-    let security = config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default();
-    let map = |host| cri::IdMapping {
-        host_id: host,
-        container_id: 0,
-        length: 65536,
-    };
-    security
-        .namespace_options
-        .get_or_insert_default()
-        .userns_options = Some(cri::UserNamespace {
-        mode: cri::NamespaceMode::Pod.into(),
-        uids: vec![map(200_000)],
-        gids: vec![map(200_000)],
-    });
-    let error = node.try_run_by("runc", config).err().unwrap();
-    assert!(error.message().contains("runc"), "{error}");
+    let error = node
+        .try_run_by("silent", in_user_namespace(&node))
+        .err()
+        .unwrap();
+    assert!(error.message().contains("silent"), "{error}");
+    assert!(error.message().contains("features"), "{error}");
 }
 
 #[test]
