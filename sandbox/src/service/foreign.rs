@@ -27,7 +27,7 @@ use crate::{launch, oci, seccomp};
 use berth_proto::monitor_v1::{self, feature, reply, request};
 use berth_sys::Errno;
 use berth_sys::mount::{self, Change};
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{FileType, Mode, OFlags};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -192,6 +192,7 @@ impl Inner {
         let mut volumes = self.mounted_images(&pod.spec, container)?;
         make_sources(&spec, &volumes).map_err(internal(failed()))?;
         if pod.spec.namespaces.user.is_some() {
+            check_devices(&spec)?;
             self.bring_sources(&mut spec, &mut volumes)?;
         }
         for (i, (target, fd)) in volumes.into_iter().enumerate() {
@@ -227,6 +228,11 @@ impl Inner {
             let (Some("bind"), Some(source)) = (one.typ().as_deref(), one.source().clone()) else {
                 continue;
             };
+            // Everybody may look there; with all that is mounted in it, it would be in the
+            // host's table once more.
+            if source == Path::new("/sys") {
+                continue;
+            }
             let mapping = launch::mapping(one.uid_mappings(), one.gid_mappings());
             let has = |name: &str| one.options().iter().flatten().any(|option| option == name);
             let (recursive, deep) = (has("rbind"), has("ridmap"));
@@ -442,6 +448,38 @@ pub(super) fn exec_process(spec: &Spec, command: &[String], tty: bool) -> Result
         .set_args(Some(command.to_vec()))
         .set_terminal(Some(tty));
     serde_json::to_string(&process).map_err(internal("cannot say how the command is to run"))
+}
+
+/// In a user namespace no device node can be made, and a runtime binds what the host has at the
+/// path that the container is to have it at.
+///
+/// # Errors
+/// `Unsupported` where that is not the device that is meant.
+fn check_devices(spec: &Spec) -> Result<()> {
+    let devices = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.devices().as_ref());
+    for device in devices.into_iter().flatten() {
+        let kind = match device.typ() {
+            LinuxDeviceType::B => FileType::BlockDevice,
+            _ => FileType::CharacterDevice,
+        };
+        let number = |n: i64| u32::try_from(n).unwrap_or(u32::MAX);
+        let wanted = rustix::fs::makedev(number(device.major()), number(device.minor()));
+        let same = rustix::fs::stat(device.path()).is_ok_and(|found| {
+            FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == wanted
+        });
+        if !same {
+            let text = format!(
+                "the device {} is another one on the host, or none: in a user namespace only the \
+                 built-in handler can give a device another path",
+                device.path().display()
+            );
+            return Err(SandboxError::new(Kind::Unsupported, text));
+        }
+    }
+    Ok(())
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {

@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -511,6 +512,16 @@ fn an_import_is_written_there_as_well() {
     });
     let peak = peaks.flatten().max().expect("memory is counted here");
     assert!(peak > 4 << 20, "{peak}");
+    // Written back by the kernel's own threads, and the cgroup's all the same.
+    let on_a_disk = nix::sys::stat::major(fs::metadata(elsewhere.root()).unwrap().dev()) != 0;
+    if is_cgroup_v2() && on_a_disk {
+        let stats = elsewhere.pull_cgroups().into_iter();
+        let stat = stats.filter_map(|dir| fs::read_to_string(dir.join("io.stat")).ok());
+        let text: String = stat.collect();
+        let words = text.split_whitespace();
+        let written = words.filter_map(|word| word.strip_prefix("wbytes=")?.parse::<u64>().ok());
+        assert!(written.max() > Some(4 << 20), "{text}");
+    }
     no_writers(&elsewhere);
 }
 
