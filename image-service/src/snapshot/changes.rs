@@ -105,7 +105,11 @@ impl Walk<'_> {
             let directory = self.add(level.fd.as_fd(), &name, &path, &stat)?;
             if let Some(directory) = directory {
                 if levels.len() >= DEEPEST {
-                    return Err(io("go deeper than", &self.upper.join(&path), Errno::NAMETOOLONG));
+                    return Err(io(
+                        "go deeper than",
+                        &self.upper.join(&path),
+                        Errno::NAMETOOLONG,
+                    ));
                 }
                 let opaque = opaque || is_opaque(&directory);
                 levels.push(self.enter(directory, path, opaque)?);
@@ -181,7 +185,8 @@ impl Walk<'_> {
             }
             FileType::RegularFile => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-                let fd = rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(unreadable)?;
+                let fd =
+                    rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(unreadable)?;
                 self.attributes(&fd).map_err(unwritten)?;
                 self.archive
                     .append_file(path, &mut File::from(fd))
@@ -201,7 +206,10 @@ impl Walk<'_> {
                     FileType::BlockDevice => EntryType::Block,
                     _ => EntryType::Fifo,
                 });
-                let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+                let (major, minor) = (
+                    rustix::fs::major(stat.st_rdev),
+                    rustix::fs::minor(stat.st_rdev),
+                );
                 let numbered = header
                     .set_device_major(major)
                     .and_then(|()| header.set_device_minor(minor));

@@ -47,12 +47,17 @@ impl Cgroup {
     /// uninterruptible sleep, say) still ran at the deadline: it is told to go on then.
     pub fn freeze_all(&self, deadline: Duration) -> Result<(), Error> {
         let directory = self.freezer().ok_or_else(|| Error::Missing {
-            path: self.directory("freezer").map_or_else(PathBuf::new, Path::to_owned),
+            path: self
+                .directory("freezer")
+                .map_or_else(PathBuf::new, Path::to_owned),
         })?;
-        let (state, frozen) = (self.state_file(directory), match self.version {
-            Version::V1 => "FROZEN",
-            Version::V2 => "1",
-        });
+        let (state, frozen) = (
+            self.state_file(directory),
+            match self.version {
+                Version::V1 => "FROZEN",
+                Version::V2 => "1",
+            },
+        );
         let until = Instant::now() + deadline;
         loop {
             // On v1 writing it again is what gets a group on that is stuck half way.

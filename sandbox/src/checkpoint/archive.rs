@@ -41,7 +41,10 @@ impl<'a> Writing<'a> {
     /// # Errors
     /// The file system refuses.
     pub fn finish(self) -> io::Result<()> {
-        let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let file = self
+            .file
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
         file.sync_all()
     }
 }
@@ -143,14 +146,20 @@ mod tests {
         fs::write(dir.path().join("config.dump"), "{}").unwrap();
         pack(dir.path(), "archive.tar", &|| Ok(())).unwrap();
         let path = dir.path().join("archive.tar");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let mut archive = tar::Archive::new(File::open(&path).unwrap());
         let names: Vec<_> = archive
             .entries()
             .unwrap()
             .map(|entry| entry.unwrap().path().unwrap().display().to_string())
             .collect();
-        assert_eq!(names, ["checkpoint/", "checkpoint/pages-1.img", "config.dump"]);
+        assert_eq!(
+            names,
+            ["checkpoint/", "checkpoint/pages-1.img", "config.dump"]
+        );
         assert_eq!(sorted(dir.path()).unwrap(), ["archive.tar"]);
     }
 

@@ -107,7 +107,9 @@ impl Criu {
         let (good, said) = run(&criu.path, "check")?;
         if !good {
             let path = criu.path;
-            let said = last_line(&said).unwrap_or("it fails without a word").to_owned();
+            let said = last_line(&said)
+                .unwrap_or("it fails without a word")
+                .to_owned();
             return Err(CriuError::Check { path, said });
         }
         // It archives what is on a tmpfs with it.
@@ -145,7 +147,12 @@ impl Criu {
         for (mount_point, key) in &dump.mounts {
             option("--external", format!("mnt[{mount_point}]:{key}"));
         }
-        for flag in ["--tcp-close", "--skip-in-flight", "--ext-unix-sk", "--file-locks"] {
+        for flag in [
+            "--tcp-close",
+            "--skip-in-flight",
+            "--ext-unix-sk",
+            "--file-locks",
+        ] {
             all.push(flag.to_owned());
         }
         all
@@ -228,7 +235,9 @@ fn run(path: &Path, what: &'static str) -> Result<(bool, String), CriuError> {
 
 /// Major and minor of "Version: 4.1.1".
 fn parse_version(said: &str) -> Option<(u32, u32)> {
-    let version = said.lines().find_map(|line| line.strip_prefix("Version:"))?;
+    let version = said
+        .lines()
+        .find_map(|line| line.strip_prefix("Version:"))?;
     let mut parts = version.trim().split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }

@@ -63,7 +63,11 @@ pub fn bind_mounts(spec: &Spec) -> Value {
     let found = binds.filter_map(|mount| {
         let source = mount.source().as_ref()?;
         let metadata = std::fs::metadata(source).ok()?;
-        let kind = if metadata.is_dir() { "directory" } else { "file" };
+        let kind = if metadata.is_dir() {
+            "directory"
+        } else {
+            "file"
+        };
         Some(json!({
             "source": source,
             "destination": mount.destination(),

@@ -46,7 +46,12 @@ pub fn parse(mountinfo: &str) -> Vec<MountLine> {
 /// Space, tab, newline and backslash are octal in there.
 fn unescape(text: &str) -> String {
     let mut plain = text.to_owned();
-    for (code, what) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
+    for (code, what) in [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ] {
         plain = plain.replace(code, what);
     }
     plain

@@ -120,11 +120,16 @@ impl Sandboxes {
         let object = format!("{id} {}", location.display());
         let (location, timeout) = (location.to_owned(), timeout.unwrap_or(DEFAULT_TIMEOUT));
         self.0
-            .operation("CheckpointContainer", object, subject, |me, stage| async move {
-                me.checkpoint(&container.id, location, timeout, &stage)
-                    .await
-                    .map(|()| String::new())
-            })
+            .operation(
+                "CheckpointContainer",
+                object,
+                subject,
+                |me, stage| async move {
+                    me.checkpoint(&container.id, location, timeout, &stage)
+                        .await
+                        .map(|()| String::new())
+                },
+            )
             .await
             .map(drop)
     }
@@ -230,7 +235,10 @@ impl Inner {
             return refused(Kind::Invalid, text);
         };
         if location.is_dir() {
-            return refused(Kind::Invalid, format!("{} is a directory", location.display()));
+            return refused(
+                Kind::Invalid,
+                format!("{} is a directory", location.display()),
+            );
         }
         if !directory.is_dir() {
             let text = format!(
@@ -241,7 +249,12 @@ impl Inner {
         }
         let criu = Criu::usable().map_err(missing)?;
         let name = &container.spec.name.name;
-        if container.cgroup.as_ref().and_then(Cgroup::freezer).is_none() {
+        if container
+            .cgroup
+            .as_ref()
+            .and_then(Cgroup::freezer)
+            .is_none()
+        {
             let text = format!("container {name} cannot be held still: its cgroup has no freezer");
             return refused(Kind::Missing, text);
         }
@@ -388,7 +401,12 @@ struct Making<'a> {
 
 impl Making<'_> {
     fn make(&self) -> Result<()> {
-        let text = || format!("cannot begin a checkpoint of container {}", self.container.id);
+        let text = || {
+            format!(
+                "cannot begin a checkpoint of container {}",
+                self.container.id
+            )
+        };
         let path = self.me.journal(&self.container.id);
         let mut journal = Journal {
             container: self.container.id.clone(),
@@ -415,11 +433,13 @@ impl Making<'_> {
 
     fn steps(&self, journal: &mut Journal) -> Result<()> {
         self.stage.enter("describe");
-        self.describe().map_err(|error| self.failed("write down", error))?;
+        self.describe()
+            .map_err(|error| self.failed("write down", error))?;
         crash::point("checkpoint.described");
 
         self.stage.enter("freeze");
-        self.may_go_on().map_err(|error| self.failed("freeze", error))?;
+        self.may_go_on()
+            .map_err(|error| self.failed("freeze", error))?;
         let left = self.until.saturating_duration_since(Instant::now());
         self.cgroup
             .freeze_all(FREEZE.min(left))
@@ -436,7 +456,9 @@ impl Making<'_> {
 
         self.stage.enter("thaw");
         if !journal.was_frozen {
-            self.cgroup.thaw().map_err(internal("cannot let the container go on"))?;
+            self.cgroup
+                .thaw()
+                .map_err(internal("cannot let the container go on"))?;
         }
         self.running.holds.send_replace(false);
         crash::point("checkpoint.thawed");
@@ -475,7 +497,8 @@ impl Making<'_> {
             .container(id.as_str())
             .is_none_or(|container| container.state.pid() != Some(self.pid));
         if self.running.called_off.load(Ordering::Acquire) || gone {
-            let text = format!("container {id} ended or was stopped while it was being checkpointed");
+            let text =
+                format!("container {id} ended or was stopped while it was being checkpointed");
             return SandboxError::new(Kind::WrongState, text);
         }
         if Instant::now() >= self.until {
@@ -510,7 +533,10 @@ impl Making<'_> {
         make(&self.work)?;
         make(&self.images())?;
         let spec = serde_json::to_value(&self.spec)?;
-        self.write("config.dump", &files::config(self.container, self.pod, now()))?;
+        self.write(
+            "config.dump",
+            &files::config(self.container, self.pod, now()),
+        )?;
         self.write("spec.dump", &spec)?;
         self.write("bind.mounts", &files::bind_mounts(&self.spec))?;
         if let Dumper::BuiltIn(_) = self.dumper {
@@ -601,8 +627,21 @@ impl Making<'_> {
         all.extend(runtime.options.iter().cloned());
         let images = text(&self.images());
         let work = text(&self.work);
-        all.extend(["checkpoint", "--leave-running", "--ext-unix-sk", "--file-locks"].map(str::to_owned));
-        all.extend(["--image-path".to_owned(), images, "--work-path".to_owned(), work]);
+        all.extend(
+            [
+                "checkpoint",
+                "--leave-running",
+                "--ext-unix-sk",
+                "--file-locks",
+            ]
+            .map(str::to_owned),
+        );
+        all.extend([
+            "--image-path".to_owned(),
+            images,
+            "--work-path".to_owned(),
+            work,
+        ]);
         all.push(self.container.id.to_string());
         all
     }
@@ -671,7 +710,8 @@ impl Making<'_> {
             .write_changes(id, &mut to)
             .map_err(|error| failed(io::Error::other(super::chain(&*error))))?;
         to.finish().map_err(failed)?;
-        self.write("deleted.files", &deleted.into()).map_err(failed)?;
+        self.write("deleted.files", &deleted.into())
+            .map_err(failed)?;
         match fs::File::open(&self.container.log_path) {
             Ok(log) => {
                 let mut copy = archive::create(&self.work.join("container.log")).map_err(failed)?;
@@ -695,7 +735,10 @@ fn end(session: Session) -> bool {
         return true;
     }
     let each = |what: &dyn Fn(Pid)| {
-        for pid in members(session.leader).into_iter().filter_map(Pid::from_raw) {
+        for pid in members(session.leader)
+            .into_iter()
+            .filter_map(Pid::from_raw)
+        {
             what(pid);
         }
     };
@@ -749,7 +792,8 @@ fn start_ticks(pid: i32) -> Option<u64> {
 fn stat(pid: i32) -> String {
     let text = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
-    text.rsplit_once(") ").map_or_else(String::new, |(_, rest)| rest.to_owned())
+    text.rsplit_once(") ")
+        .map_or_else(String::new, |(_, rest)| rest.to_owned())
 }
 
 /// A field as proc_pid_stat(5) counts them, from 3 on.
@@ -774,7 +818,12 @@ mod tests {
     #[test]
     fn a_session_is_ended_with_all_that_came_of_it() {
         let mut shell = Command::new("setsid")
-            .args(["--fork", "sh", "-c", "sleep 1000 & echo $$; exec sleep 1000"])
+            .args([
+                "--fork",
+                "sh",
+                "-c",
+                "sleep 1000 & echo $$; exec sleep 1000",
+            ])
             .stdout(Stdio::piped())
             .process_group(0)
             .spawn()

@@ -45,8 +45,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
-pub use checkpoint::DEFAULT_TIMEOUT as CHECKPOINT_TIMEOUT;
 pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
+pub use checkpoint::DEFAULT_TIMEOUT as CHECKPOINT_TIMEOUT;
 pub use exec::ExecOutput;
 pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
 pub use logs::{LogPolicy, LogTotals, OnFull};

@@ -55,7 +55,10 @@ pub(super) async fn recover(inner: &Arc<Inner>, unreadable: Vec<Unreadable>) {
         Ok(())
     });
     if let Err(error) = recovered.await {
-        tracing::warn!(error = error.chain(), "checkpoints that were being made stay");
+        tracing::warn!(
+            error = error.chain(),
+            "checkpoints that were being made stay"
+        );
     }
     let view = inner.objects.view();
     for pod in view.pods() {

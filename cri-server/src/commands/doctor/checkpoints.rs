@@ -9,7 +9,10 @@ pub fn criu(_: &Node<'_>) -> Vec<Finding> {
     vec![match Criu::usable() {
         Ok(criu) => {
             let (major, minor) = criu.version;
-            Finding::good(SUBJECT, format!("CRIU {major}.{minor} works on this kernel"))
+            Finding::good(
+                SUBJECT,
+                format!("CRIU {major}.{minor} works on this kernel"),
+            )
         }
         Err(error) => {
             let advice = match &error {
