@@ -22,6 +22,9 @@ const MOST_BYTES: u64 = 64 << 10;
 /// How many lines of CRIU's own reasons are told.
 const MOST_REASONS: usize = 3;
 
+/// Errors that it logs and goes on from, or that say nothing more.
+const KNOWN_NOISE: [&str; 2] = ["rlimit: Can't setup", "Dumping FAILED"];
+
 /// The oldest CRIU that knows namespaces of somebody else's and frozen groups of
 /// cgroup v2. Source: CRIU's release notes, 3.14 and 3.15; containerd asks for 3.16.
 const OLDEST: (u32, u32) = (3, 16);
@@ -122,10 +125,11 @@ impl Criu {
     /// The command line that dumps what `dump` says and leaves it running.
     pub fn arguments(&self, dump: &Dump<'_>) -> Vec<String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut all: Vec<String> = ["dump", "--leave-running", "-v4", "--log-file", "dump.log"]
+        let mut all: Vec<String> = ["dump", "--leave-running", "-v4", "--log-file=dump.log"]
             .map(str::to_owned)
             .into();
-        let mut option = |name: &str, value: String| all.extend([name.to_owned(), value]);
+        // One word each: some values are optional to CRIU.
+        let mut option = |name: &str, value: String| all.push(format!("{name}={value}"));
         option("--tree", dump.pid.to_string());
         option("--images-dir", text(dump.images));
         option("--work-dir", text(dump.work));
@@ -147,13 +151,12 @@ impl Criu {
         for (mount_point, key) in &dump.mounts {
             option("--external", format!("mnt[{mount_point}]:{key}"));
         }
-        for flag in [
-            "--tcp-close",
-            "--skip-in-flight",
-            "--ext-unix-sk",
-            "--file-locks",
-        ] {
+        for flag in ["--skip-in-flight", "--ext-unix-sk", "--file-locks"] {
             all.push(flag.to_owned());
+        }
+        // Who restores has to say so too, so it is not said for nothing.
+        if dump.has_connections {
+            all.push("--tcp-close".to_owned());
         }
         all
     }
@@ -176,6 +179,24 @@ pub struct Dump<'a> {
     pub namespaces: BTreeMap<&'static str, (u64, &'static str)>,
     /// Mounts that come from outside: key by mount point.
     pub mounts: BTreeMap<String, String>,
+    /// Somebody in the network namespace has connections: they end with the images.
+    pub has_connections: bool,
+}
+
+/// Whether a /proc/PID/net/tcp or tcp6 has connections, other than such that nobody
+/// holds any more.
+///
+/// Source: proc_pid_net(5); the kernel's `tcp_states.h`.
+pub fn has_connections(table: &str) -> bool {
+    const CLOSED: &str = "07";
+    const LISTENS: &str = "0A";
+    table.lines().skip(1).any(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(3);
+        let state = fields.next();
+        let inode = fields.nth(5);
+        state.is_some_and(|state| state != CLOSED && state != LISTENS)
+            && inode.is_some_and(|inode| inode != "0")
+    })
 }
 
 /// A program in PATH.
@@ -268,7 +289,8 @@ fn parse_reasons(text: &str) -> Option<String> {
             continue;
         };
         let said = said.split_once("): ").map_or(said, |(_, said)| said).trim();
-        if !said.is_empty() && !found.contains(&said) && found.len() < MOST_REASONS {
+        let known = KNOWN_NOISE.iter().any(|noise| said.starts_with(noise));
+        if !said.is_empty() && !known && !found.contains(&said) && found.len() < MOST_REASONS {
             found.push(said);
         }
     }
@@ -300,6 +322,20 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_is_no_connection() {
+        let head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
+        let line = |state: &str, inode: &str| {
+            format!(
+                "{head}   0: 0100007F:1F90 00000000:0000 {state} 00000000:00000000 00:00000000 00000000     0        0 {inode} 1 0\n"
+            )
+        };
+        assert!(!has_connections(head));
+        assert!(!has_connections(&line("0A", "77")));
+        assert!(has_connections(&line("01", "77")));
+        assert!(!has_connections(&line("06", "0")));
+    }
+
+    #[test]
     fn what_is_the_pods_is_named_as_external() {
         let criu = Criu {
             path: "criu".into(),
@@ -313,16 +349,26 @@ mod tests {
             timeout: Duration::from_millis(10),
             namespaces: BTreeMap::from([("net", (4026, "extRootNetNS"))]),
             mounts: BTreeMap::from([("/data".to_owned(), "/data".to_owned())]),
+            has_connections: false,
         };
         let line = criu.arguments(&dump).join(" ");
-        assert!(line.contains("--external net[4026]:extRootNetNS"), "{line}");
-        assert!(line.contains("--external mnt[/data]:/data"), "{line}");
-        assert!(line.contains("--timeout 1 --network-lock skip"), "{line}");
+        assert!(line.contains("--external=net[4026]:extRootNetNS"), "{line}");
+        assert!(line.contains("--external=mnt[/data]:/data"), "{line}");
+        assert!(line.contains("--timeout=1 --network-lock=skip"), "{line}");
+        assert!(!line.contains("--tcp-close"), "{line}");
+        let connected = Dump {
+            has_connections: true,
+            mounts: BTreeMap::new(),
+            ..dump
+        };
+        let line = criu.arguments(&connected).join(" ");
+        assert!(line.contains("--tcp-close"), "{line}");
+        let dump = connected;
         let older = Criu {
             version: (3, 17),
             ..criu
         };
         let line = older.arguments(&dump).join(" ");
-        assert!(line.contains("--network-lock nftables"), "{line}");
+        assert!(line.contains("--network-lock=nftables"), "{line}");
     }
 }

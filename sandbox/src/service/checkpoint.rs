@@ -562,12 +562,14 @@ impl Making<'_> {
         let ended = self.started(&mut child, journal);
         let good = matches!(&ended, Ok(ended) if ended.success());
         if ended.is_err() {
-            if let Some(session) = journal.session {
-                end(session);
-            }
             // Without its byte it ends by itself.
             drop(child.stdin.take());
-            let _ = child.wait();
+            if journal.session.is_none_or(end) {
+                let _ = child.wait();
+            } else {
+                // It hangs in the kernel: nobody else shall wait for that.
+                std::thread::spawn(move || child.wait());
+            }
         }
         let said = fs::read(self.work.join(SAID)).unwrap_or_default();
         let _ = fs::remove_file(self.work.join(SAID));
@@ -617,6 +619,11 @@ impl Making<'_> {
             freezer,
             timeout: self.until.saturating_duration_since(Instant::now()),
             namespaces,
+            has_connections: ["tcp", "tcp6"].iter().any(|name| {
+                // There is no tcp6 without IPv6.
+                let table = fs::read_to_string(format!("/proc/{}/net/{name}", self.pid));
+                table.is_ok_and(|table| criu::has_connections(&table))
+            }),
             mounts: mounts::external(&own, &host, &binds, &masked, is_own("cgroup")?),
         }))
     }
