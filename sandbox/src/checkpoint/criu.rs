@@ -48,7 +48,7 @@ pub enum CriuError {
         program: &'static str,
     },
     /// It cannot be run.
-    #[error("cannot run CRIU, {}", path.display())]
+    #[error("cannot run {} for a checkpoint", path.display())]
     Run {
         /// The program.
         path: PathBuf,
@@ -56,7 +56,7 @@ pub enum CriuError {
         source: std::io::Error,
     },
     /// It does not end.
-    #[error("CRIU does not end: {} {what} took longer than {} s", path.display(), PATIENCE.as_secs())]
+    #[error("it does not end: {} {what} took longer than {} s", path.display(), PATIENCE.as_secs())]
     Late {
         /// The program.
         path: PathBuf,
@@ -102,12 +102,12 @@ impl Criu {
     /// What is missing.
     pub fn usable() -> Result<Criu, CriuError> {
         let path = find("criu").ok_or(CriuError::Absent)?;
-        let (_, said) = run(&path, "--version")?;
+        let (_, said) = run(&path, &["--version"])?;
         let criu = match parse_version(&said) {
             Some(version) if version >= OLDEST => Criu { path, version },
             _ => return Err(CriuError::Version { path, said }),
         };
-        let (good, said) = run(&criu.path, "check")?;
+        let (good, said) = run(&criu.path, &["check"])?;
         if !good {
             let path = criu.path;
             let said = last_line(&said)
@@ -199,6 +199,16 @@ pub fn has_connections(table: &str) -> bool {
     })
 }
 
+/// Whether an OCI runtime has checkpoints: some are built without. Blocks as
+/// [`Criu::usable`] does.
+///
+/// # Errors
+/// It cannot be run, or does not end.
+pub fn has_command(runtime: &Path) -> Result<bool, CriuError> {
+    let (good, _) = run(runtime, &["checkpoint", "--help"])?;
+    Ok(good)
+}
+
 /// A program in PATH.
 pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -212,13 +222,13 @@ fn find_in(path: &OsStr, name: &str) -> Option<PathBuf> {
 }
 
 /// Whether it succeeded, and what it said on both streams.
-fn run(path: &Path, what: &'static str) -> Result<(bool, String), CriuError> {
+fn run(path: &Path, what: &[&'static str]) -> Result<(bool, String), CriuError> {
     let failed = |source| CriuError::Run {
         path: path.into(),
         source,
     };
     let mut child = Command::new(path)
-        .arg(what)
+        .args(what)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -244,7 +254,7 @@ fn run(path: &Path, what: &'static str) -> Result<(bool, String), CriuError> {
                 let _ = child.wait();
                 return Err(CriuError::Late {
                     path: path.into(),
-                    what,
+                    what: what.first().copied().unwrap_or_default(),
                 });
             }
             None => std::thread::sleep(LOOK_AGAIN),

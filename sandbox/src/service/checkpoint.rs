@@ -259,6 +259,11 @@ impl Inner {
             return refused(Kind::Missing, text);
         }
         if let Some(runtime) = self.oci_runtime(&pod.spec)? {
+            if !criu::has_command(&runtime.path).map_err(missing)? {
+                let program = runtime.path.display();
+                let text = format!("{program} has no checkpoints: it is built without CRIU");
+                return refused(Kind::Unsupported, text);
+            }
             // CRIU holds the network with it, and a runtime cannot have it do otherwise.
             if criu::find("iptables").is_none() {
                 return Err(missing(CriuError::NoProgram {

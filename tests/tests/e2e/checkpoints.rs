@@ -319,7 +319,23 @@ fn a_container_of_another_runtime_is_checkpointed_by_it() {
             assert_eq!(error.code(), Code::Unimplemented, "{error}");
             continue;
         }
-        whole(&node, &run.unwrap(), handler, handler);
+        let pod = run.unwrap();
+        let has = Command::new(handler)
+            .args(["checkpoint", "--help"])
+            .output();
+        if !has.unwrap().status.success() {
+            // Debian 12's crun is built without CRIU.
+            let container = counter(&pod);
+            let location = place(&node);
+            if works(&container, &location) {
+                let error = checkpoint(&container, &location).unwrap_err();
+                assert_eq!(error.code(), Code::Unimplemented, "{error}");
+                assert!(error.message().contains("has no checkpoints"), "{error}");
+                goes_on(&container);
+            }
+            continue;
+        }
+        whole(&node, &pod, handler, handler);
     }
 }
 
@@ -376,10 +392,12 @@ fn a_checkpoint_says_beforehand_what_is_missing_for_it() {
 fn what_criu_cannot_dump_is_told_in_its_words_and_runs_on() {
     let node = Node::start();
     let pod = node.try_run_by("", node.pod_config("web")).unwrap();
-    // An open file without a name goes into the images, but not at any size.
-    let script =
-        format!("exec 3> /big; dd if=/dev/zero of=/big bs=1 count=1 seek=400M; rm /big; {COUNTER}");
-    let container = pod.start(&["sh", "-c", &script]);
+    // CRIU does not know PID namespaces inside a container's.
+    let script = format!("unshare -p -f sleep 1000 & {COUNTER}");
+    let mut config = pod.container(&["sh", "-c", &script]);
+    let capabilities = config.security().capabilities.get_or_insert_default();
+    capabilities.add_capabilities = vec!["SYS_ADMIN".to_owned()];
+    let container = pod.start_as(config);
     eventually("it counts", || (counted(&container).1 > 2).then_some(()));
     let location = place(&node);
     if !works(&container, &location) {
@@ -387,7 +405,8 @@ fn what_criu_cannot_dump_is_told_in_its_words_and_runs_on() {
     }
     let error = checkpoint(&container, &location).unwrap_err();
     assert_eq!(error.code(), Code::Internal, "{error}");
-    assert!(error.message().contains("ghost file"), "{error}");
+    assert!(error.message().contains("CRIU: "), "{error}");
+    assert!(error.message().contains("namespace"), "{error}");
     goes_on(&container);
     assert!(!location.exists());
     assert_eq!(beside(&location), [""; 0]);
