@@ -285,6 +285,15 @@ impl Images for ImageSource {
             .read_file_in_image(image_id, path, max_bytes as u64)?)
     }
 
+    fn write_changes(
+        &self,
+        container: &ContainerId,
+        to: &mut dyn std::io::Write,
+    ) -> Result<Vec<String>, ImageError> {
+        let snapshots = self.service.snapshots();
+        Ok(snapshots.write_changes(container.as_str(), to)?)
+    }
+
     fn remove(&self, container: &ContainerId) -> Result<(), ImageError> {
         Ok(self.service.remove_container(container.as_str())?)
     }

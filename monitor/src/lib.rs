@@ -4,6 +4,7 @@
 //! berth-monitor --pod ID --listen-fd 3 [--line-bytes N]
 //! berth-monitor --user-namespace                    (see `user_namespace`)
 //! berth-monitor --hooks                             (see `hooks`)
+//! berth-monitor --gate PROGRAM [ARGUMENT]...        (see `gate`)
 //! ```
 //!
 //! It makes the pod's namespaces, launches containers and execs, reaps, keeps
@@ -20,6 +21,7 @@ mod become_program;
 mod beneath;
 mod exec;
 mod hooks;
+mod gate;
 mod init;
 pub mod line;
 pub mod log;
@@ -50,6 +52,10 @@ pub fn main() -> ExitCode {
     }
     if std::env::args().skip(1).eq(["--hooks"]) {
         return hooks::serve_daemon();
+    }
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == "--gate") {
+        return gate::pass(arguments);
     }
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,

@@ -9,6 +9,7 @@ pub mod apparmor;
 pub mod capability;
 pub mod cdi;
 pub mod cgroup;
+pub mod checkpoint;
 pub mod container;
 pub mod container_spec;
 pub mod error;

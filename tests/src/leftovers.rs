@@ -189,6 +189,7 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
         ("sandbox", "run/sandboxes"),
         ("lease", "lib/network/leases"),
         ("attachment", "lib/network/attachments"),
+        ("checkpoint", "lib/checkpoints"),
         ("undo", "lib/undo"),
     ] {
         left.extend(

@@ -5,6 +5,7 @@
 //! module of its area and a line in [`CHECKS`].
 
 mod cgroups;
+mod checkpoints;
 mod cni;
 mod daemon;
 mod images;
@@ -118,6 +119,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     registries::files,
     registries::policy,
     images::stored,
+    checkpoints::criu,
 ];
 
 /// How `berth doctor` is asked.

@@ -15,6 +15,7 @@
 mod detect;
 mod device;
 mod file;
+mod freezer;
 mod journal;
 mod kill;
 mod path;
@@ -113,6 +114,10 @@ pub enum Error {
         pids: Vec<i32>,
         waited: Duration,
     },
+    #[error("there is no cgroup freezer at {path}")]
+    Missing { path: PathBuf },
+    #[error("{path} cannot be frozen: something in it still ran after {waited:?}")]
+    StillRunning { path: PathBuf, waited: Duration },
     #[error("cannot remove {}", list(.failures))]
     Remove { failures: Vec<(PathBuf, io::Error)> },
 }

@@ -293,6 +293,25 @@ impl Inner {
         Ok(())
     }
 
+    /// The spec that the container's runtime was given; `None` for the built-in launcher.
+    ///
+    /// # Errors
+    /// `Internal` where it cannot be read.
+    pub(super) fn bundle_spec(
+        &self,
+        pod: &PodRecord,
+        container: &ContainerRecord,
+    ) -> Result<Option<Spec>> {
+        if self.oci_runtime(&pod.spec)?.is_none() {
+            return Ok(None);
+        }
+        let path = self.bundle(container).join("config.json");
+        let text = || format!("cannot read the spec of container {}", container.id);
+        let bytes = fs::read(path).map_err(internal(text()))?;
+        let spec = serde_json::from_slice(&bytes).map_err(internal(text()))?;
+        Ok(Some(spec))
+    }
+
     fn add_seccomp(&self, spec: &mut Spec, container: &ContainerRecord) -> Result<()> {
         let security = &container.spec.security;
         if security.privileged {

@@ -6,6 +6,7 @@
 //! `recovery`. Kernel and disk work is done on blocking threads.
 
 mod attach;
+mod checkpoint;
 mod create_container;
 mod exec;
 mod exec_session;
@@ -47,6 +48,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 pub use attach::{AttachControl, AttachEnd, AttachRequest, AttachSession};
+pub use checkpoint::DEFAULT_TIMEOUT as CHECKPOINT_TIMEOUT;
 pub use exec::ExecOutput;
 pub use exec_session::{ExecControl, ExecExit, ExecRequest, ExecSession};
 pub use logs::{LogPolicy, LogTotals, OnFull};
@@ -72,6 +74,15 @@ pub const CRASH_POINTS: &[&str] = &[
     "start_container.launched",
     "start_container.running",
     "start_container.poststart",
+    "checkpoint.record",
+    "checkpoint.described",
+    "checkpoint.frozen",
+    "checkpoint.dumping",
+    "checkpoint.dumped",
+    "checkpoint.copied",
+    "checkpoint.thawed",
+    "checkpoint.archived",
+    "checkpoint.done",
     "stop_container.signalled",
     "stop_container.ended",
     "poststop.run",
@@ -141,6 +152,17 @@ pub trait Images: Send + Sync + 'static {
         max_bytes: usize,
     ) -> std::result::Result<Option<Vec<u8>>, ImageError>;
 
+    /// Writes what the container has added to its image or changed in it to `to`, as a
+    /// tar archive, and gives the paths of what it has deleted. It must stand still.
+    ///
+    /// # Errors
+    /// Something cannot be read, or written to `to`.
+    fn write_changes(
+        &self,
+        container: &ContainerId,
+        to: &mut dyn std::io::Write,
+    ) -> std::result::Result<Vec<String>, ImageError>;
+
     /// Removes what `prepare` made; what is gone counts as removed.
     ///
     /// # Errors
@@ -206,6 +228,7 @@ struct Inner {
     user_namespaces_missing: Option<String>,
     rates: crate::stats::Rates,
     updates: update_resources::Updates,
+    checkpoints: checkpoint::Checkpoints,
 }
 
 impl Sandboxes {
@@ -261,6 +284,7 @@ impl Sandboxes {
                 user_namespaces_missing,
                 rates: crate::stats::Rates::default(),
                 updates: update_resources::Updates::default(),
+                checkpoints: checkpoint::Checkpoints::default(),
                 settings,
             };
             Ok((inner, unreadable))

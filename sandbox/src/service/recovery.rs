@@ -10,6 +10,7 @@
 //! | pod Stopping, Removing | anything | finished in the background |
 //! | pod, damaged | anything | NOTREADY, kept until it is stopped or removed by its ID |
 //! | container Creating | anything | removed |
+//! | checkpoint being made | anything | given up: the container goes on, its files are removed |
 //! | container Starting | the monitor does not know it | Created: the start can be repeated |
 //! | container Starting | the monitor is still at it, with hooks say | Exited, StartError: it is called off |
 //!
@@ -52,6 +53,18 @@ pub(super) async fn recover(inner: &Arc<Inner>, unreadable: Vec<Unreadable>) {
     for bad in unreadable {
         let error = SandboxError::caused(Kind::Internal, "kept as it is", bad.error);
         inner.pending.unreadable(&bad.path, &error);
+    }
+    // First: what is frozen hears neither a signal nor its monitor.
+    let me = inner.clone();
+    let recovered = blocking(move || {
+        me.recover_checkpoints();
+        Ok(())
+    });
+    if let Err(error) = recovered.await {
+        tracing::warn!(
+            error = error.chain(),
+            "checkpoints that were being made stay"
+        );
     }
     let view = inner.objects.view();
     for pod in view.pods() {

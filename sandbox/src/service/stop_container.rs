@@ -111,9 +111,10 @@ impl Inner {
         }
     }
 
-    /// Calls off a start that is still being planned or has its hooks run, and waits
-    /// for the end of any other: the monitor's part always ends.
+    /// Calls off a checkpoint, and a start that is still being planned or has its hooks run,
+    /// and waits for the end of any other: the monitor's part always ends.
     pub(super) async fn settled(self: &Arc<Self>, id: &ContainerId) {
+        self.call_off_checkpoint(id).await;
         if let Err(error) = self.call_off(id).await {
             tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
         }

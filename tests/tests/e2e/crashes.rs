@@ -1,6 +1,7 @@
 //! The sweep: the daemon dies at every named point of every call, comes back,
 //! the call is repeated and undone; nothing is left, nothing is refused as taken.
 
+use super::checkpoints;
 use berth_proto::runtime_v1::ContainerState;
 use berth_tests::{Format, Image, Layer, Node, Packing};
 
@@ -139,6 +140,30 @@ fn stop_pod_sandbox_survives_a_crash_anywhere() {
             pod.remove();
         },
     );
+}
+
+#[test]
+fn a_checkpoint_survives_a_crash_anywhere() {
+    sweep(&["checkpoint."], |node, point| {
+        let pod = node.try_run_by("", node.pod_config("web")).unwrap();
+        let container = checkpoints::counter(&pod);
+        let location = checkpoints::place(node);
+        let mut answer = Ok(());
+        crash(node, point, || {
+            answer = checkpoints::checkpoint(&container, &location);
+        });
+        // Every point lies on the way, so no answer came; or CRIU does not work here.
+        answer.unwrap_err();
+        assert_eq!(checkpoints::beside(&location), [""; 0], "crash at {point}");
+        checkpoints::goes_on(&container);
+        if checkpoints::works(&container, &location) {
+            checkpoints::checkpoint(&container, &location)
+                .unwrap_or_else(|err| panic!("crash at {point}: {err}"));
+            assert!(location.exists(), "crash at {point}");
+            checkpoints::goes_on(&container);
+        }
+        pod.remove();
+    });
 }
 
 #[test]

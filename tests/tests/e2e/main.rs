@@ -6,6 +6,7 @@ mod apparmor;
 mod bad_requests;
 mod cdi;
 mod cgroups;
+mod checkpoints;
 mod cni;
 mod cni_crashes;
 mod configuration;

@@ -102,38 +102,6 @@ fn a_call_that_comes_later_is_unimplemented_and_names_itself() {
 }
 
 #[test]
-fn a_checkpoint_says_what_is_missing_for_it() {
-    let node = Node::start();
-    let pod = node.run_pod("web");
-    let container = pod.create(pod.container(&["sleep", "1000"]));
-    let checkpoint = |location: &str| {
-        let request = cri::CheckpointContainerRequest {
-            container_id: container.id.clone(),
-            location: location.into(),
-            ..Default::default()
-        };
-        node.wait(node.runtime().checkpoint_container(request))
-            .expect_err("no checkpoint is made")
-    };
-    let idle = checkpoint("/tmp/checkpoint.tar");
-    assert_eq!(idle.code(), Code::FailedPrecondition, "{idle}");
-    assert!(idle.message().contains("does not run"), "{idle}");
-    container.start().unwrap();
-    assert_eq!(checkpoint("checkpoint.tar").code(), Code::InvalidArgument);
-    let missing = checkpoint("/tmp/checkpoint.tar");
-    let installed = std::process::Command::new("criu").arg("check").output();
-    if installed.is_ok_and(|output| output.status.success()) {
-        assert_eq!(missing.code(), Code::Unimplemented, "{missing}");
-    } else {
-        assert_eq!(missing.code(), Code::FailedPrecondition, "{missing}");
-        assert!(
-            missing.message().to_lowercase().contains("criu"),
-            "{missing}"
-        );
-    }
-}
-
-#[test]
 fn the_socket_is_for_root_and_its_group_alone() {
     use std::os::unix::fs::PermissionsExt;
     let node = Node::start();
