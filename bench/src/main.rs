@@ -108,7 +108,11 @@ async fn main() -> Result<()> {
         }
     }
     let times = outcome?;
-    report(&runtimes, &times);
+    let mib = match &arguments.what {
+        What::ExecStream(options) | What::PortForward(options) => Some(options.mib),
+        _ => None,
+    };
+    report(&runtimes, &times, mib);
     if let What::Pull(options) = &arguments.what {
         let first = |rounds: &Vec<Times>| median(rounds.iter().map(|round| round[0].1).collect());
         let names = runtimes.iter().map(|runtime| runtime.name.clone());
@@ -360,7 +364,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn report(runtimes: &[Runtime], all: &[Vec<Times>]) {
+/// Prints the medians, and how much that is a second where each time is that of `mib` MiB.
+fn report(runtimes: &[Runtime], all: &[Vec<Times>], mib: Option<usize>) {
     let medians: Vec<Vec<(&str, f64)>> = all
         .iter()
         .map(|rounds| {
@@ -377,7 +382,13 @@ fn report(runtimes: &[Runtime], all: &[Vec<Times>]) {
     for (runtime, medians) in runtimes.iter().zip(&medians) {
         println!("\n{}", runtime.name);
         for (name, value) in medians {
-            println!("{name:<30}{value:>9.2}");
+            match mib {
+                Some(mib) => {
+                    let speed = mib as f64 * 1000.0 / value;
+                    println!("{name:<30}{value:>9.2}{speed:>9.0} MiB/s");
+                }
+                None => println!("{name:<30}{value:>9.2}"),
+            }
         }
     }
     for (runtime, other) in runtimes.iter().zip(&medians).skip(1) {

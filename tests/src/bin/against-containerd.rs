@@ -84,7 +84,11 @@ fn bench(
         .arg("--socket")
         .arg(&containerd.socket)
         .args(["--image", reference])
-        .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)]);
+        .args(["--cgroup-parent", &format!("/{}", node.footprint().cgroup)])
+        // What streams are read into is not given back to the kernel and asked for again, page
+        // by page: the client must not be what limits them. Source: mallopt(3).
+        .env("MALLOC_MMAP_THRESHOLD_", "33554432")
+        .env("MALLOC_TRIM_THRESHOLD_", "1073741824");
     // Where the runtimes' streaming servers are.
     let status = node
         .host

@@ -410,6 +410,16 @@ impl Output {
         Ok(all)
     }
 
+    /// Everything up to where the stream ends, in whatever way. Kubernetes' clients take a
+    /// reset for an end, and its servers reset what they are done with.
+    pub fn rest(self) -> Vec<u8> {
+        let mut rest = self.behind.take();
+        while let Ok(Event::Data(bytes)) = self.events.recv_timeout(PATIENCE) {
+            rest.extend_from_slice(&bytes);
+        }
+        rest
+    }
+
     /// Reads until `text` is there; what came up to then. The rest is kept.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use berth_cri_server::wire::websocket::{self, Event, Kind};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use std::io::{IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
@@ -168,11 +168,20 @@ fn write_all(stream: &mut TcpStream, parts: &[&[u8]]) -> std::io::Result<()> {
 /// The socket's.
 pub fn fill(stream: &mut TcpStream, buffer: &mut BytesMut) -> std::io::Result<bool> {
     const MOST: usize = 256 << 10;
-    let before = buffer.len();
-    buffer.resize(before + MOST, 0);
-    let read = stream.read(&mut buffer[before..]);
-    buffer.truncate(before + read.as_ref().copied().unwrap_or(0));
-    Ok(read? > 0)
+    let mut read = Vec::with_capacity(MOST);
+    // Unlike std's this needs no memory that was written to before.
+    let length = rustix::io::retry_on_intr(|| {
+        rustix::io::read(&*stream, rustix::buffer::spare_capacity(&mut read))
+    })?;
+    if length == 0 {
+        return Ok(false);
+    }
+    if buffer.is_empty() {
+        *buffer = Bytes::from(read).into();
+    } else {
+        buffer.extend_from_slice(&read);
+    }
+    Ok(true)
 }
 
 /// Bytes out of the messages of a tunnel.
