@@ -44,6 +44,9 @@ const MOST_WORDS: usize = 1024;
 /// Soft limit of open files, as programs of the host expect it. Source: systemd's default.
 const FILES: u64 = 1024;
 
+/// RLIMIT_NOFILE, whose type is not the same in every libc.
+const NOFILE: u32 = libc::RLIMIT_NOFILE as u32;
+
 /// A hook that is about to be run.
 struct Run<'a> {
     kind: &'a str,
@@ -352,10 +355,10 @@ impl Run<'_> {
             .step("prctl", "parent death signal")?;
         process::reset_signals();
         rustix::process::umask(Mode::from_raw_mode(0o022));
-        if let Ok((soft, hard)) = process::limit(libc::RLIMIT_NOFILE)
+        if let Ok((soft, hard)) = process::limit(NOFILE)
             && soft > FILES
         {
-            let _ = process::set_limit(libc::RLIMIT_NOFILE, FILES, hard);
+            let _ = process::set_limit(NOFILE, FILES, hard);
         }
         if let Some(directory) = self.directory {
             rustix::process::chdir(directory).step("chdir", directory)?;

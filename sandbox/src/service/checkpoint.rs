@@ -525,7 +525,12 @@ impl Making<'_> {
             return SandboxError::new(Kind::Internal, text);
         }
         let text = format!("cannot {what} the checkpoint of container {id}");
-        SandboxError::caused(Kind::Internal, text, error)
+        // crun looks for it only now.
+        let kind = match said.contains("could not load `libcriu") {
+            true => Kind::Missing,
+            false => Kind::Internal,
+        };
+        SandboxError::caused(kind, text, error)
     }
 
     fn images(&self) -> PathBuf {

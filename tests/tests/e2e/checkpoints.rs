@@ -17,8 +17,8 @@ use std::process::{Command, Stdio};
 use tonic::{Code, Status};
 
 /// A value that is nowhere but in memory, and a number that rises.
-const COUNTER: &str = "read k < /proc/sys/kernel/random/uuid; n=0; rm /etc/group; \
-    while :; do n=$((n + 1)); echo $n > /count; echo $k $n; sleep 0.1; done";
+const COUNTER: &str = "read k < /proc/sys/kernel/random/uuid; n=0; rm -r /etc/group /www; \
+    mkdir /www; echo new > /www/new; while :; do n=$((n + 1)); echo $n > /count; echo $k $n; sleep 0.1; done";
 
 fn request(container: &Container<'_>, location: &Path) -> cri::CheckpointContainerRequest {
     cri::CheckpointContainerRequest {
@@ -149,7 +149,7 @@ fn unpacked(node: &Node, container: &Container<'_>, location: &Path, handler: &s
     );
     assert_eq!(
         json_of(&directory.join("deleted.files")),
-        json!(["/etc/group"])
+        json!(["/etc/group", "/www/index.html"])
     );
     let mounts = json_of(&directory.join("bind.mounts"));
     let hosts = mounts.as_array().unwrap().iter();
@@ -255,6 +255,7 @@ fn restore(node: &Node, images: &Path, runtime: &str) -> Vec<String> {
     };
     let lines = BufReader::new(out).lines();
     let lines = lines.take(4).map(Result::unwrap).collect();
+    assert_eq!(fs::read_to_string(rootfs.join("www/new")).unwrap(), "new\n");
     let count = fs::read_to_string(rootfs.join("count")).unwrap();
     assert!(count.trim().parse::<u64>().unwrap() > 2, "{count}");
     lines
