@@ -3,7 +3,9 @@
 //! ```text
 //! run/bundles/<container>/config.json     the OCI spec, made anew at each start
 //!                         rootfs          the container's root file system, mounted
-//!                         volumes/<n>     image volumes, mounted
+//!                         volumes/<n>     image volumes, mounted; in a user namespace all
+//!                                         that is to be bound, owners mapped
+//!                         userns          a link to the pod's user namespace
 //! ```
 //!
 //! The mounts stand in the host's table, as such a runtime needs paths. They,
@@ -279,7 +281,10 @@ impl Inner {
                 (LinuxNamespaceType::Pid, None) => held.get("pid").cloned(),
                 (LinuxNamespaceType::Ipc, _) => held.get("ipc").cloned(),
                 (LinuxNamespaceType::Uts, _) => held.get("uts").cloned(),
-                (LinuxNamespaceType::User, _) => held.get("user").cloned(),
+                (LinuxNamespaceType::User, _) => match held.get("user") {
+                    Some(held) => Some(self.named_user_namespace(container, held)?),
+                    None => None,
+                },
                 _ => continue,
             };
             let kind = namespace.typ().to_string();
@@ -310,6 +315,17 @@ impl Inner {
         let bytes = fs::read(path).map_err(internal(text()))?;
         let spec = serde_json::from_slice(&bytes).map_err(internal(text()))?;
         Ok(Some(spec))
+    }
+
+    /// A name of the bundle's own for the user namespace. runc since 1.1.13 takes any path that
+    /// begins with /proc/PID for that process's namespace: here that would be the host's.
+    fn named_user_namespace(&self, container: &ContainerRecord, held: &Path) -> Result<PathBuf> {
+        let name = self.bundle(container).join("userns");
+        std::os::unix::fs::symlink(held, &name).map_err(internal(format!(
+            "cannot make the bundle of container {}",
+            container.id
+        )))?;
+        Ok(name)
     }
 
     fn add_seccomp(&self, spec: &mut Spec, container: &ContainerRecord) -> Result<()> {

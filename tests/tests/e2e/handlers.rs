@@ -185,7 +185,7 @@ fn limits_are_those_of_the_built_in_handler_also_after_an_update() {
         pod.remove();
         [free, limited, updated]
     };
-    let expected = seen("");
+    let expected = seen("berth");
     assert_ne!(expected[0], expected[1]);
     assert_ne!(expected[1], expected[2]);
     for handler in RUNTIMES {
@@ -221,7 +221,7 @@ fn a_runtime_without_systemd_mode_is_given_the_cgroup() {
     );
     assert_eq!(container.exec(&["echo", "in"]), "in\n");
     pod.remove();
-    let pod = run(&node, "");
+    let pod = run(&node, "berth");
     let mut config = pod.container(&["sleep", "1000"]);
     config.resources().memory_limit_in_bytes = 64 << 20;
     assert_eq!(of_plain, in_force(&pod.start_as(config)));
