@@ -52,6 +52,8 @@ pub enum ServeError {
     NoMonitor,
     #[error("cannot use the cgroups of this host")]
     Cgroups(#[source] cgroup::Error),
+    #[error("containers.writable_cgroup is set, which cannot be had on this host")]
+    WritableCgroup(#[source] cgroup::Error),
     #[error("cannot open the pod network")]
     Network(#[source] Box<network::NetworkError>),
     #[error("cannot open the images")]
@@ -216,6 +218,9 @@ async fn open(
     let handlers = handlers(&config, &places);
     let facts = NodeFacts::detect(unset_seccomp, handlers.clone());
     let cgroups = cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
+    if config.containers.writable_cgroup {
+        cgroups.delegates().map_err(ServeError::WritableCgroup)?;
+    }
     let network = Arc::new(
         network::Network::open(network_settings(&config, &places))
             .map_err(|error| ServeError::Network(Box::new(error)))?,

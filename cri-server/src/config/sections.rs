@@ -356,7 +356,9 @@ sections! {
         /// What becomes of the paths that an image calls volumes and the pod mounts nothing at:
         /// "directory" makes them in the container's own layer, "ignore" leaves them as they are.
         image_volumes: ImageVolumes = ImageVolumes::Directory;
-        /// Whether containers without privileges may write to their own cgroup. cgroup v2 only.
+        /// Whether containers without privileges may write to their own cgroup. Berth does not
+        /// start with it but on cgroup v2 mounted with nsdelegate, which systemd does: elsewhere
+        /// containers could raise their own limits.
         writable_cgroup: bool = false;
         /// Whether a container's devices belong to the user and group it runs as; else they have
         /// the owners they have on the host.
