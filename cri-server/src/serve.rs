@@ -58,6 +58,8 @@ pub enum ServeError {
     PullCgroup(#[source] cgroup::Error),
     #[error("cannot label containers; runtime.selinux = \"off\" goes without")]
     Selinux(#[source] Box<dyn Error + Send + Sync>),
+    #[error("containers.writable_cgroup is set, which cannot be had on this host")]
+    WritableCgroup(#[source] cgroup::Error),
     #[error("cannot open the pod network")]
     Network(#[source] Box<network::NetworkError>),
     #[error("cannot open the images")]
@@ -222,6 +224,9 @@ async fn open(
     let handlers = handlers(&config, &places);
     let facts = NodeFacts::detect(unset_seccomp, handlers.clone());
     let cgroups = cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
+    if config.containers.writable_cgroup {
+        cgroups.delegates().map_err(ServeError::WritableCgroup)?;
+    }
     let cgroups = Arc::new(cgroups);
     let network = Arc::new(
         network::Network::open(network_settings(&config, &places))

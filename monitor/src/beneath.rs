@@ -51,17 +51,22 @@ impl Root<'_> {
 
     /// The directory at `path`; missing ones are made, 0755 without the umask.
     pub fn make_dir(self, path: &str) -> Result<OwnedFd, Errno> {
-        self.make_dir_through(path, 0)
+        self.make_dir_through(path, ResolveFlags::empty(), 0)
     }
 
-    fn make_dir_through(self, path: &str, links: u32) -> Result<OwnedFd, Errno> {
+    fn make_dir_through(
+        self,
+        path: &str,
+        resolve: ResolveFlags,
+        links: u32,
+    ) -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        match self.open(path, flags, ResolveFlags::empty()) {
+        match self.open(path, flags, resolve) {
             Err(Errno::NOENT) => {}
             other => return other,
         }
         let (parent_path, name) = split(path)?;
-        let parent = self.make_dir_through(parent_path, links)?;
+        let parent = self.make_dir_through(parent_path, resolve, links)?;
         match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => {}
             Err(Errno::EXIST) => {
@@ -75,12 +80,12 @@ impl Root<'_> {
                         true => target.to_owned(),
                         false => format!("{parent_path}/{target}"),
                     };
-                    return self.make_dir_through(&target, links + 1);
+                    return self.make_dir_through(&target, resolve, links + 1);
                 }
             }
             Err(error) => return Err(error),
         }
-        self.open(path, flags, ResolveFlags::empty())
+        self.open(path, flags, resolve)
     }
 
     /// The file at `path`, whatever it is unless a directory; an empty one,
@@ -103,6 +108,14 @@ impl Root<'_> {
     pub fn parent_of(self, path: &str) -> Result<(OwnedFd, &str), Errno> {
         let (parent, name) = split(path)?;
         Ok((self.make_dir(parent)?, name))
+    }
+
+    /// The same, where everything has to be on this root's own mount: EXDEV where
+    /// the way leads onto another one.
+    pub fn parent_of_own(self, path: &str) -> Result<(OwnedFd, &str), Errno> {
+        let (parent, name) = split(path)?;
+        let parent = self.make_dir_through(parent, ResolveFlags::NO_XDEV, 0)?;
+        Ok((parent, name))
     }
 
     /// The container's own /dev/null, checked to be that device: one that was

@@ -23,6 +23,7 @@ use berth_sys::mount::{self, Change, Propagation, attr};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 /// File systems that the rest relies on being what and where they seem: no
 /// symbolic link may lead to their mount point.
@@ -60,12 +61,35 @@ pub fn assemble(launch: &proto::Launch, fds: &[OwnedFd]) -> Result<OwnedFd, Fail
         }
     }
     for device in &launch.devices {
-        make_device(root, device)?;
+        make_device(root, launch, device)?;
     }
     for link in &launch.symlinks {
-        make_symlink(root, link)?;
+        make_symlink(root, launch, link)?;
     }
     Ok(rootfs)
+}
+
+/// The directory that a node or link at `path` is to be made in, and its name.
+///
+/// The daemon leaves out what would be in a mount of the host's by its path; a
+/// symbolic link of the image's could still lead there. So it has to be on the
+/// very mount that its path says: the deepest one that the path is below, and
+/// that one found through no link.
+fn parent_of<'a>(
+    root: Root<'_>,
+    launch: &proto::Launch,
+    path: &'a str,
+) -> Result<(OwnedFd, &'a str), Errno> {
+    let parent = Path::new(path).parent().ok_or(Errno::INVAL)?;
+    let targets = launch.mounts.iter().map(|step| step.target.as_str());
+    let above = targets.filter(|target| parent.starts_with(target));
+    let Some(target) = above.max_by_key(|target| Path::new(target).components().count()) else {
+        return root.parent_of_own(path);
+    };
+    let below = Path::new(path).strip_prefix(target).ok();
+    let below = below.and_then(Path::to_str).ok_or(Errno::INVAL)?;
+    let mounted = root.find_plain(target)?;
+    Root(mounted.as_fd()).parent_of_own(below)
 }
 
 /// The descriptor a request refers to.
@@ -177,9 +201,26 @@ fn mount_attrs(flags: u64) -> Option<u64> {
     (rest == 0).then_some(attrs)
 }
 
-fn make_device(root: Root<'_>, device: &proto::DeviceNode) -> Result<(), Failed> {
+/// Says in words what EXDEV does not.
+fn astray(stage: &str, path: &str, errno: Errno) -> Failed {
+    match errno {
+        Errno::XDEV => Failed::new(
+            &format!("{stage} through a link onto another mount:"),
+            path,
+            errno,
+        ),
+        other => Failed::new(stage, path, other),
+    }
+}
+
+fn make_device(
+    root: Root<'_>,
+    launch: &proto::Launch,
+    device: &proto::DeviceNode,
+) -> Result<(), Failed> {
     let path = &device.path;
-    let (parent, name) = root.parent_of(path).step("make device", path)?;
+    let (parent, name) =
+        parent_of(root, launch, path).map_err(|errno| astray("make device", path, errno))?;
     let kind = FileType::from_raw_mode(device.kind);
     if !matches!(
         kind,
@@ -215,9 +256,14 @@ fn make_device(root: Root<'_>, device: &proto::DeviceNode) -> Result<(), Failed>
     .step("chown device", path)
 }
 
-fn make_symlink(root: Root<'_>, link: &proto::Symlink) -> Result<(), Failed> {
+fn make_symlink(
+    root: Root<'_>,
+    launch: &proto::Launch,
+    link: &proto::Symlink,
+) -> Result<(), Failed> {
     let path = &link.path;
-    let (parent, name) = root.parent_of(path).step("make link", path)?;
+    let (parent, name) =
+        parent_of(root, launch, path).map_err(|errno| astray("make link", path, errno))?;
     match rustix::fs::symlinkat(link.target.as_str(), &parent, name) {
         Err(Errno::EXIST) => {
             let there =

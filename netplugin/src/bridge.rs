@@ -122,6 +122,26 @@ impl Bridge {
         Ok(())
     }
 
+    /// Whether the bridge is there and its rules, which it needs, are not: somebody
+    /// flushed the host's. Takes some 40 microseconds, and waits for nobody.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn lacks_rules(&self) -> Result<bool, NetError> {
+        let bridge = find_link(&mut Socket::route()?, &self.settings.bridge)?;
+        Ok(bridge.is_some_and(|link| is_bridge(&link))
+            && self.ports.lacks_table(self.settings.masquerade)?)
+    }
+
+    /// Writes the rules again, with the host ports of the pods there are. Takes
+    /// some ten milliseconds, longer where others hold nftables.
+    ///
+    /// # Errors
+    /// What keeps them from being written.
+    pub fn write_rules(&self) -> Result<(), NetError> {
+        Ok(self.ports.ensure_table()?)
+    }
+
     /// Gives a pod an interface. Asked again for the same one it is made anew,
     /// with the same addresses.
     ///

@@ -135,9 +135,44 @@ impl HostPorts {
             return Ok(());
         }
         let records = self.lock()?;
+        // Whoever had the lock may have written it.
+        if self.table.is_current().map_err(HostPortError::Rules)? {
+            return Ok(());
+        }
         self.table
             .replace(&elements(&records.good))
             .map_err(HostPortError::Rules)
+    }
+
+    /// Whether the table is gone, or another one than it should be, though
+    /// something needs it: masquerading, a pod's host ports, or that the bridge
+    /// takes addresses of 127.0.0.0/8, as it does since the first host port.
+    ///
+    /// # Errors
+    /// `Rules`, and what the records' directory gives.
+    pub fn lacks_table(&self, masquerade: bool) -> Result<bool, HostPortError> {
+        if self.table.is_current().map_err(HostPortError::Rules)? {
+            return Ok(false);
+        }
+        Ok(masquerade || self.route_localnet() || self.any()?)
+    }
+
+    fn any(&self) -> Result<bool, HostPortError> {
+        let entries = std::fs::read_dir(&self.dir).map_err(|source| HostPortError::Io {
+            action: "read",
+            path: self.dir.clone(),
+            source,
+        })?;
+        let mut names = entries.flatten().map(|entry| entry.file_name());
+        Ok(names.any(|name| !name.as_encoded_bytes().starts_with(b".")))
+    }
+
+    fn route_localnet_path(&self) -> PathBuf {
+        format!("/proc/sys/net/ipv4/conf/{}/route_localnet", self.bridge).into()
+    }
+
+    fn route_localnet(&self) -> bool {
+        std::fs::read_to_string(self.route_localnet_path()).is_ok_and(|text| text.trim() == "1")
     }
 
     /// Leads `mappings` to the pod `owner` at `ips`, instead of what it had
@@ -189,10 +224,7 @@ impl HostPorts {
             return added;
         }
         if ips.iter().any(IpAddr::is_ipv4) {
-            let path = PathBuf::from(format!(
-                "/proc/sys/net/ipv4/conf/{}/route_localnet",
-                self.bridge
-            ));
+            let path = self.route_localnet_path();
             sysctl::write(&path, "1").map_err(|source| HostPortError::Io {
                 action: "write",
                 path,

@@ -29,6 +29,7 @@ pub mod pod_cidr;
 pub mod preflight;
 pub mod process;
 mod readiness;
+mod repair;
 pub mod result;
 pub mod runtime_config;
 pub mod spec;

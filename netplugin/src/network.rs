@@ -14,6 +14,7 @@ use crate::gate::Gate;
 use crate::offer::{self, BadAnnotation};
 use crate::pod_cidr::{PodCidr, PodCidrError};
 use crate::readiness::Readiness;
+use crate::repair::Repair;
 use crate::spec::{CniResult, LATEST, NetworkList};
 use crate::{netns, plugin};
 use berth_store::{RecordError, crash};
@@ -307,7 +308,8 @@ pub struct Collected {
 pub struct Network {
     settings: NetworkSettings,
     client: Arc<Client>,
-    bridge: Bridge,
+    bridge: Arc<Bridge>,
+    repair: Arc<Repair>,
     store: Store,
     pod_cidr: PodCidr,
     gate: Gate,
@@ -342,7 +344,8 @@ impl Network {
         let client = Client::new(settings.cni_bin_dirs.clone(), settings.plugin_deadline);
         Ok(Self {
             client: Arc::new(client),
-            bridge: Bridge::open(settings.bridge.clone())?,
+            bridge: Arc::new(Bridge::open(settings.bridge.clone())?),
+            repair: Arc::default(),
             store,
             pod_cidr,
             gate: Gate::default(),
@@ -354,10 +357,11 @@ impl Network {
 
     /// Whether pods can be networked now. Looks anew each time, and asks the
     /// plugins that can say how they are (CNI 1.1); one that does not answer
-    /// costs two seconds, and what it said last counts.
+    /// costs two seconds, and what it said last counts. Rules of the built-in
+    /// network that somebody flushed are written again.
     pub fn status(&self) -> NetworkStatus {
         let ready = self.way("").and_then(|way| match way {
-            By::Builtin => Ok(()),
+            By::Builtin => self.repair.ensure(&self.bridge, STATUS_PATIENCE),
             By::Plugins(list) => self.readiness.ask(&self.client, &list, STATUS_PATIENCE),
         });
         let status = match ready {

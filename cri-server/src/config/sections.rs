@@ -378,7 +378,9 @@ sections! {
         /// "directory" makes them in the container's own layer, with what the image has there, and
         /// keeps them writable when the root is read-only; "ignore" leaves them as they are.
         image_volumes: ImageVolumes = ImageVolumes::Directory;
-        /// Whether containers without privileges may write to their own cgroup. cgroup v2 only.
+        /// Whether containers without privileges may write to their own cgroup. Berth does not
+        /// start with it but on cgroup v2 mounted with nsdelegate, which systemd does: elsewhere
+        /// containers could raise their own limits.
         writable_cgroup: bool = false;
         /// Whether a container's devices belong to the user and group it runs as; else they have
         /// the owners they have on the host.

@@ -6,7 +6,7 @@ use berth_proto::runtime_v1 as cri;
 use berth_sandbox::container_spec::{
     AppArmorProfile, ContainerName, ContainerSpec, EnvVar, RunAs, SeccompProfile, SecurityContext,
 };
-use berth_sandbox::pod_spec::{PidMode, PodSpec};
+use berth_sandbox::pod_spec::{Namespace, PidMode, PodSpec};
 
 /// Everything CreateContainer asks for, checked, for a container of `pod`.
 pub fn container_spec(
@@ -138,6 +138,21 @@ fn security_context(
                 return Err(options
                     .at("userns_options")
                     .invalid("differs from the pod's"));
+            }
+            // The kubelet sends what it sent for the pod. POD says nothing: it is also what a
+            // request without a word on it decodes to.
+            for (name, asked, pods) in [
+                ("network", parsed.network, pod.namespaces.network),
+                ("ipc", parsed.ipc, pod.namespaces.ipc),
+            ] {
+                if asked == Namespace::Node && pods == Namespace::Pod {
+                    return Err(options
+                        .at(name)
+                        .invalid("is NODE, and the pod has a namespace of its own"));
+                }
+            }
+            if pod.namespaces.user.is_some() && parsed.pid == PidMode::Node {
+                return Err(options.at("pid").invalid(super::pod::NO_NODE_PIDS));
             }
             match parsed.pid {
                 // POD is also what a request that does not say decodes to, and what

@@ -9,6 +9,9 @@ use berth_sandbox::pod_spec::{
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+/// Why a pod or container in a user namespace does not see the host's processes.
+pub(super) const NO_NODE_PIDS: &str = "NODE is not possible in a user namespace";
+
 /// Everything RunPodSandbox asks for, checked.
 pub fn pod_spec(request: &cri::RunPodSandboxRequest, node: &NodeFacts) -> Result<PodSpec> {
     let root = Field::root("config");
@@ -90,9 +93,7 @@ fn pod_namespaces(
     }
     if parsed.user.is_some() && parsed.pid == berth_sandbox::pod_spec::PidMode::Node {
         // The host's /proc could not be mounted, and would show what the pod may not see.
-        return Err(field
-            .at("pid")
-            .invalid("NODE is not possible in a user namespace"));
+        return Err(field.at("pid").invalid(NO_NODE_PIDS));
     }
     Ok(PodNamespaces {
         network: parsed.network,

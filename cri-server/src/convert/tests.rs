@@ -1034,6 +1034,83 @@ fn a_container_lives_in_its_pods_namespaces() {
 }
 
 #[test]
+fn a_container_asks_for_no_other_namespaces_than_its_pods() {
+    use cri::NamespaceMode::{Node, Pod};
+    let user = |of: cri::NamespaceMode| {
+        let range = cri::IdMapping {
+            container_id: 0,
+            host_id: 65536,
+            length: 65536,
+        };
+        let ranges = match of {
+            Pod => vec![range],
+            _ => Vec::new(),
+        };
+        Some(cri::UserNamespace {
+            mode: of.into(),
+            uids: ranges.clone(),
+            gids: ranges,
+        })
+    };
+    let modes = |network: cri::NamespaceMode, ipc: cri::NamespaceMode| cri::NamespaceOption {
+        network: network.into(),
+        ipc: ipc.into(),
+        ..Default::default()
+    };
+    let ask = |pod: &cri::NamespaceOption, container: &cri::NamespaceOption| {
+        container_in(&pod_options(pod.clone()).unwrap(), |config| {
+            let linux = config.linux.get_or_insert_default();
+            linux
+                .security_context
+                .get_or_insert_default()
+                .namespace_options = Some(container.clone());
+        })
+    };
+    let options = "config.linux.security_context.namespace_options";
+    let all = [(Pod, Pod), (Pod, Node), (Node, Pod), (Node, Node)];
+    for (network, ipc) in all {
+        let pod = modes(network, ipc);
+        // Equal, as the kubelet has it, or unset, as crictl's users may.
+        for container in [pod.clone(), cri::NamespaceOption::default()] {
+            let spec = ask(&pod, &container).unwrap();
+            let pods = pod_options(pod.clone()).unwrap().namespaces;
+            assert_eq!(
+                (spec.security.network, spec.security.ipc),
+                (pods.network, pods.ipc)
+            );
+        }
+    }
+    invalid(
+        ask(&modes(Pod, Node), &modes(Node, Node)),
+        &format!("{options}.network"),
+    );
+    invalid(
+        ask(&modes(Node, Pod), &modes(Node, Node)),
+        &format!("{options}.ipc"),
+    );
+
+    let mapped = cri::NamespaceOption {
+        userns_options: user(Pod),
+        ..Default::default()
+    };
+    ask(&mapped, &mapped).unwrap();
+    for userns_options in [user(Pod), user(Node), None] {
+        let container = cri::NamespaceOption {
+            pid: Node.into(),
+            userns_options,
+            ..Default::default()
+        };
+        let refused = ask(&mapped, &container);
+        let words = refused.as_ref().unwrap_err().to_string();
+        assert!(
+            words.contains("NODE is not possible in a user namespace"),
+            "{words}"
+        );
+        invalid(refused, &format!("{options}.pid"));
+    }
+}
+
+#[test]
 fn stop_signals_are_linux_numbers_afterwards() {
     let signal = |value: i32| container_with(|c| c.stop_signal = value);
     assert_eq!(

@@ -33,6 +33,8 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         source,
     })?;
     let (hierarchies, unified) = parse_mounts(&text, &settings.root);
+    let nsdelegate = unified.as_ref().is_some_and(|mount| mount.nsdelegate);
+    let unified = unified.map(|unified| unified.mount);
     let version = match (&hierarchies[..], &unified) {
         ([], None) => {
             return Err(Error::NotMounted {
@@ -89,6 +91,7 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
         pids_limit: settings.pids_limit,
         hierarchies,
         unified,
+        nsdelegate,
         systemd: systemd::Systemd::default(),
         slices: RwLock::default(),
         entered: Mutex::default(),
@@ -96,11 +99,20 @@ pub(super) fn detect(settings: Settings) -> Result<Cgroups, Error> {
     })
 }
 
+/// A mount of cgroup2.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount2 {
+    mount: PathBuf,
+    /// Whether a cgroup namespace is a border of delegation: the limits of its
+    /// first cgroup are not for who is inside. Source: cgroup-v2.rst, "nsdelegate".
+    nsdelegate: bool,
+}
+
 /// v1 hierarchies and the cgroup2 mount at or beneath `root`. Lines that make no sense are
 /// passed over.
 ///
 /// Source: proc_pid_mountinfo(5).
-fn parse_mounts(text: &str, root: &Path) -> (Vec<Hierarchy>, Option<PathBuf>) {
+fn parse_mounts(text: &str, root: &Path) -> (Vec<Hierarchy>, Option<Mount2>) {
     let mut hierarchies: Vec<(&str, Hierarchy)> = Vec::new();
     let mut unified = None;
     for line in text.lines() {
@@ -122,7 +134,10 @@ fn parse_mounts(text: &str, root: &Path) -> (Vec<Hierarchy>, Option<PathBuf>) {
             continue;
         }
         match kind {
-            "cgroup2" => unified = unified.or(Some(mount)),
+            "cgroup2" => {
+                let nsdelegate = options.split(',').any(|option| option == "nsdelegate");
+                unified = unified.or(Some(Mount2 { mount, nsdelegate }));
+            }
             "cgroup" => {
                 let controllers: Vec<String> = options
                     .split(',')
@@ -194,15 +209,24 @@ mod tests {
         let (v1, unified) = parse_mounts(text, Path::new(ROOT));
         let names: Vec<_> = v1.iter().map(|h| h.controllers.join("+")).collect();
         assert_eq!(names, ["cpu+cpuacct", "memory", "name=systemd"]);
-        assert_eq!(unified.unwrap(), Path::new("/sys/fs/cgroup/unified"));
+        let mount = "/sys/fs/cgroup/unified".into();
+        let nsdelegate = true;
+        assert_eq!(unified, Some(Mount2 { mount, nsdelegate }));
     }
 
     #[test]
     fn a_unified_host_has_one() {
-        let text = "29 23 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
-        let (v1, unified) = parse_mounts(text, Path::new(ROOT));
-        assert!(v1.is_empty());
-        assert_eq!(unified.unwrap(), Path::new(ROOT));
+        for (options, nsdelegate) in [
+            ("rw,nsdelegate,memory_recursiveprot", true),
+            ("rw,memory_recursiveprot", false),
+            ("rw", false),
+        ] {
+            let text = format!("29 23 0:25 / /sys/fs/cgroup rw - cgroup2 cgroup2 {options}\n");
+            let (v1, unified) = parse_mounts(&text, Path::new(ROOT));
+            assert!(v1.is_empty());
+            let mount = ROOT.into();
+            assert_eq!(unified, Some(Mount2 { mount, nsdelegate }), "{options}");
+        }
     }
 
     #[test]

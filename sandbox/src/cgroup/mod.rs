@@ -49,6 +49,8 @@ use std::time::Duration;
 pub enum Error {
     #[error("no cgroup hierarchy is mounted beneath {root}")]
     NotMounted { root: PathBuf },
+    #[error("a container that may write to its cgroup could raise its own limits: {why}")]
+    Undelegated { why: &'static str },
     #[error("the systemd cgroup driver needs cgroup v2, and this host mounts v1 beneath {root}")]
     SystemdOnV1 { root: PathBuf },
     #[error(
@@ -208,6 +210,8 @@ pub struct Cgroups {
     pids_limit: u32,
     hierarchies: Vec<Hierarchy>,
     unified: Option<Unified>,
+    /// Whether the unified hierarchy is mounted with nsdelegate.
+    nsdelegate: bool,
     systemd: systemd::Systemd,
     /// Held to read while something is started in a slice, to write while one is stopped.
     slices: RwLock<()>,
@@ -263,6 +267,23 @@ impl Cgroups {
     /// What RuntimeConfig has to say.
     pub fn driver(&self) -> Driver {
         self.driver
+    }
+
+    /// Whether a container that may write to its cgroup can have cgroups of its own
+    /// in it without changing the limits it was given.
+    ///
+    /// # Errors
+    /// `Undelegated` with what is in the way.
+    pub fn delegates(&self) -> Result<(), Error> {
+        match (self.version, self.nsdelegate) {
+            (Version::V2, true) => Ok(()),
+            (Version::V2, false) => Err(Error::Undelegated {
+                why: "cgroup2 is mounted without the option nsdelegate",
+            }),
+            (Version::V1, _) => Err(Error::Undelegated {
+                why: "this host has cgroup v1",
+            }),
+        }
     }
 
     /// Where pods go whose config names no parent.

@@ -4,6 +4,7 @@
 use berth_proto::runtime_v1::{self as cri, security_profile::ProfileType};
 use berth_tests::{LinuxConfig, Node, Pod};
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use tonic::Code;
 
@@ -117,4 +118,89 @@ fn our_default_profile_keeps_a_container_from_mounting_even_with_the_capability(
     let container = pod.start_as(config);
     let code = container.wait_for_exit().exit_code;
     assert_eq!(code != 0, has_apparmor(), "{}", container.stderr());
+}
+
+/// Each of them is written what it says already: nothing changes where it gets through.
+/// The paths that could not be written.
+const REWRITE: &str = r#"for f in "$@"; do
+    v=$(cat $f 2>/dev/null) && [ -w $f ] || continue
+    (printf %s "$v" > $f) 2>/dev/null || echo $f
+done"#;
+
+/// Of the whole host.
+const HOSTS: [&str; 12] = [
+    "kernel/sysrq",
+    "kernel/panic",
+    "kernel/pid_max",
+    "kernel/core_pattern",
+    "kernel/modprobe",
+    "kernel/randomize_va_space",
+    "kernel/threads-max",
+    "kernel/sched_rt_runtime_us",
+    "fs/suid_dumpable",
+    "fs/protected_symlinks",
+    "fs/file-max",
+    "vm/overcommit_memory",
+];
+
+/// Of the pod's own namespaces.
+const PODS: [&str; 7] = [
+    "kernel/shmmax",
+    "kernel/msgmax",
+    "kernel/sem",
+    "kernel/hostname",
+    "kernel/domainname",
+    "fs/mqueue/msg_max",
+    "net/ipv4/ip_unprivileged_port_start",
+];
+
+fn sysctls(names: &[&str]) -> Vec<String> {
+    let paths = names.iter().map(|name| format!("/proc/sys/{name}"));
+    paths.filter(|path| Path::new(path).exists()).collect()
+}
+
+#[test]
+fn our_default_profile_keeps_the_hosts_sysctls_from_who_has_them_unmasked() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    let (hosts, pods) = (sysctls(&HOSTS), sysctls(&PODS));
+    assert!(
+        hosts.len() > 8 && pods.len() == PODS.len(),
+        "{hosts:?} {pods:?}"
+    );
+    let mut command = vec!["sh", "-c", REWRITE, "sh"];
+    command.extend(hosts.iter().chain(&pods).map(String::as_str));
+    let mut config = pod.container(&command);
+    // As the kubelet asks for procMount: Unmasked.
+    config.security().masked_paths.clear();
+    config.security().readonly_paths.clear();
+    let refused = pod.output_as(config);
+    let expected = match has_apparmor() {
+        true => hosts.iter().map(|path| format!("{path}\n")).collect(),
+        false => String::new(),
+    };
+    assert_eq!(refused, expected);
+}
+
+#[test]
+fn our_default_profile_keeps_the_kernels_files_from_who_may_unmount() {
+    let node = Node::start();
+    let pod = node.run_pod("web");
+    // Lifts what it can, and says what it then can do.
+    let script = "for m in /proc/sys /proc/sysrq-trigger /proc/kcore /proc/keys /sys/firmware; do
+            umount -l $m 2>/dev/null && echo $m lifted
+        done
+        for f in kernel/sysrq kernel/panic fs/suid_dumpable; do
+            v=$(cat /proc/sys/$f) && (echo $v > /proc/sys/$f) 2>/dev/null && echo $f written
+        done
+        true";
+    let mut config = pod.container(&["sh", "-c", script]);
+    let caps = config.security().capabilities.get_or_insert_default();
+    caps.add_capabilities = vec!["SYS_ADMIN".to_owned()];
+    let done = pod.output_as(config);
+    match has_apparmor() {
+        true => assert_eq!(done, ""),
+        // It is root of the host by that capability, and the test does what it says.
+        false => assert!(done.contains("kernel/panic written"), "{done}"),
+    }
 }

@@ -3,10 +3,11 @@
 
 use berth_proto::runtime_v1::{self as cri, NamespaceMode};
 use berth_tests::image::Entry;
-use berth_tests::node::spec;
-use berth_tests::{Format, Image, Layer, LinuxConfig, Node, Packing};
+use berth_tests::node::{is_cgroup_v2, spec};
+use berth_tests::{Format, Image, Layer, LinuxConfig, Node, Packing, binaries, eventually};
 use serde_json::json;
 use std::fs;
+use std::process::Command;
 
 const CONFIG: &str = r#"
 [containers]
@@ -280,4 +281,45 @@ fn a_container_has_a_keyring_of_its_own_and_its_spec_is_shown() {
     if let Ok(keys) = fs::read_to_string("/proc/keys") {
         assert!(keys.contains(&format!("_ses.{}", container.id)), "{keys}");
     }
+}
+
+/// Whether cgroup v2 is mounted so that a cgroup namespace keeps its limits.
+fn delegates() -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mut lines = table.lines().filter_map(|line| line.split_once(" - "));
+    is_cgroup_v2()
+        && lines.any(|(_, after)| after.starts_with("cgroup2 ") && after.contains("nsdelegate"))
+}
+
+#[test]
+fn a_writable_cgroup_is_given_where_limits_stay_out_of_reach() {
+    let config = "[containers]\nwritable_cgroup = true\n";
+    if !delegates() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        fs::write(root.path().join("etc/config.toml"), config).unwrap();
+        let mut serve = Command::new(binaries::berth());
+        let refused = serve.arg("serve").arg("--root").arg(root.path()).output();
+        let refused = refused.unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success(), "{said}");
+        for word in ["containers.writable_cgroup", "raise its own limits"] {
+            assert!(said.contains(word), "{said}");
+        }
+        return;
+    }
+    let node = Node::options().config(config).start();
+    let pod = node.run_pod("web");
+    let script = "cd /sys/fs/cgroup; mkdir own && echo made; \
+        echo max > memory.max && echo raised; sleep 1000";
+    let mut config = pod.container(&["sh", "-c", script]);
+    config.resources().memory_limit_in_bytes = 32 << 20;
+    let container = pod.start_as(config);
+    container.wait_for_log("made");
+    let limit = || container.exec(&["cat", "/sys/fs/cgroup/memory.max"]);
+    eventually("the refusal is in the log", || {
+        container.stderr().contains("memory.max").then_some(())
+    });
+    assert_eq!(limit().trim(), (32 << 20).to_string());
+    assert!(!container.stdout().contains("raised"));
 }

@@ -312,6 +312,61 @@ fn devices_of_the_image_do_not_work() {
 }
 
 #[test]
+fn a_link_of_the_image_takes_no_device_into_a_volume() {
+    let node = Node::start();
+    let victim = Victim::new(&node, "victim");
+    let layer = Layer::new()
+        .symlink("elsewhere", "/volume")
+        .symlink("up", "dir/../../volume/.")
+        .dir("dir", 0o755)
+        .symlink("own", "dir");
+    let reference = image_of(&node, "links", &layer);
+    let pod = node.run_pod("web");
+    let with_device = |reference: &str, path: &str| {
+        let mut config = pod.container_of(reference, &["sleep", "1000"]);
+        config.mount(&victim.0, "/volume");
+        config.devices.push(cri::Device {
+            host_path: "/dev/zero".to_owned(),
+            container_path: path.to_owned(),
+            permissions: "rw".to_owned(),
+        });
+        pod.create(config)
+    };
+    for path in ["/elsewhere/zero", "/elsewhere/made/zero", "/up/zero"] {
+        let error = with_device(&reference, path).start().unwrap_err();
+        let words = ["onto another mount", path];
+        assert!(
+            words.iter().all(|word| error.message().contains(word)),
+            "{error}"
+        );
+        victim.is_untouched(path);
+    }
+    // A link that stays in the root is nobody's harm.
+    let container = with_device(&reference, "/own/made/zero");
+    container.start().unwrap();
+    assert_eq!(
+        attack(&container, "head -c 2 /dir/made/zero | wc -c").trim(),
+        "2"
+    );
+    victim.is_untouched("a link within the root");
+
+    // The place of all devices is such a link.
+    let layer = Layer::new().symlink("dev", "/volume").dir("volume", 0o755);
+    let image = Image::builder(Format::Oci)
+        .layer(&layer, Packing::Gzip)
+        .base()
+        .build();
+    let reference = node.push("linked-dev", "1", &image);
+    if node.pull(&reference).is_ok() {
+        let container = with_device(&reference, "/dev/mine");
+        if container.start().is_ok() {
+            attack(&container, "ls /dev");
+        }
+        victim.is_untouched("/dev as a link");
+    }
+}
+
+#[test]
 fn names_of_sysctls_lead_nowhere_else() {
     let node = Node::start();
     let precious = Precious::look();

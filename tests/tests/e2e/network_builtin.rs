@@ -227,3 +227,62 @@ fn after_a_reboot_addresses_and_host_ports_of_the_old_pods_are_free() {
     }
     assert_eq!(node.host.nft_elements().len(), 5, "the new ones'");
 }
+
+fn is_network_ready(node: &Node) -> (bool, String) {
+    let request = cri::StatusRequest::default();
+    let answer = node.wait(node.runtime().status(request)).unwrap();
+    let conditions = answer.status.unwrap().conditions;
+    let ready = conditions.into_iter().find(|c| c.r#type == "NetworkReady");
+    let ready = ready.expect("NetworkReady");
+    (ready.status, ready.message)
+}
+
+#[test]
+fn rules_that_somebody_flushed_are_back_with_the_next_status() {
+    let node = Node::start();
+    let rules = || node.host.run("nft", &["list", "ruleset"]).unwrap();
+    assert!(is_network_ready(&node).0);
+    assert_eq!(rules(), "", "there is nothing to guard without a bridge");
+
+    let pod = node.run(with_host_port(&node, "web", cri::Protocol::Tcp, 12300));
+    pod.start(&["probe", "serve", "8080", "hello"]);
+    let before = (rules(), node.host.nft_elements());
+    assert!(before.0.contains("masquerade") && before.0.contains("127.0.0.0/8 drop"));
+    assert_eq!(before.1.len(), 1);
+    // By the daemon that knows its bridge, and by one that has only just started.
+    for restart in [false, true] {
+        node.host.run("nft", &["flush", "ruleset"]).unwrap();
+        if restart {
+            node.start_daemon();
+        }
+        assert_eq!(is_network_ready(&node), (true, String::new()));
+        assert_eq!((rules(), node.host.nft_elements()), before);
+    }
+    eventually("the pod answers at its host port", || {
+        let address = "127.0.0.1:12300".parse::<SocketAddr>().unwrap();
+        node.host.enter(|| TcpStream::connect(address)).ok()
+    });
+    pod.remove();
+    assert_eq!(node.host.nft_elements(), [""; 0]);
+}
+
+#[test]
+fn without_masquerading_rules_come_back_where_something_needs_them() {
+    let node = Node::options()
+        .config("[network]\nmasquerade = false\n")
+        .start();
+    let rules = || node.host.run("nft", &["list", "ruleset"]).unwrap();
+    node.run_pod("plain");
+    assert!(is_network_ready(&node).0);
+    assert_eq!(rules(), "", "nothing needs them");
+    let pod = node.run(with_host_port(&node, "web", cri::Protocol::Tcp, 12301));
+    let before = rules();
+    node.host.run("nft", &["flush", "ruleset"]).unwrap();
+    assert!(is_network_ready(&node).0);
+    assert_eq!(rules(), before);
+    pod.remove();
+    // No host port is left, but the bridge goes on to take addresses of localhost.
+    node.host.run("nft", &["flush", "ruleset"]).unwrap();
+    assert!(is_network_ready(&node).0);
+    assert!(rules().contains("127.0.0.0/8 drop"), "{}", rules());
+}

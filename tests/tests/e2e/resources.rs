@@ -5,6 +5,8 @@ use crate::cgroups::{mount_of, path, read};
 use berth_proto::runtime_v1 as cri;
 use berth_tests::node::{is_cgroup_v2, is_systemd_driver};
 use berth_tests::{Container, LinuxConfig, Node, eventually};
+use std::fs;
+use std::path::{Path, PathBuf};
 use tonic::{Code, Status};
 
 fn update(container: &Container<'_>, linux: cri::LinuxContainerResources) -> Result<(), Status> {
@@ -340,18 +342,23 @@ fn a_limit_for_memory_and_swap_together_is_the_kernels_swap() {
     config.resources().memory_limit_in_bytes = 32 * MIB;
     config.resources().memory_swap_limit_in_bytes = 48 * MIB;
     let container = pod.start_as(config);
-    if is_cgroup_v2() {
-        let file = path(&container, "", "memory.swap.max");
-        if file.exists() {
-            let swap = read(&container, "", "memory.swap.max");
-            assert_eq!(swap, (16 * MIB).to_string());
+    assert_eq!(told(&container).memory_swap_limit_in_bytes, 48 * MIB);
+    assert_eq!(in_force(&container).memory_limit_in_bytes, 32 * MIB);
+    // Whether the kernel counts swap does not depend on what we wrote.
+    let (counts, file, expected) = match is_cgroup_v2() {
+        true => (
+            Path::new("/proc/swaps").exists(),
+            "memory.swap.max",
+            16 * MIB,
+        ),
+        false => {
+            let file = "memory.memsw.limit_in_bytes";
+            (mount_of("memory").join(file).exists(), file, 48 * MIB)
         }
-    } else {
-        let file = path(&container, "memory", "memory.memsw.limit_in_bytes");
-        if file.exists() {
-            let sum = read(&container, "memory", "memory.memsw.limit_in_bytes");
-            assert_eq!(sum, (48 * MIB).to_string());
-        }
+    };
+    match counts {
+        true => assert_eq!(read(&container, "memory", file), expected.to_string()),
+        false => assert!(!path(&container, "memory", file).exists()),
     }
 }
 
@@ -381,13 +388,40 @@ fn limits_of_huge_pages_are_written_where_the_kernel_has_them() {
         limit: 4 << 20,
     }];
     let container = pod.start_as(config);
-    if is_cgroup_v2() {
-        let file = path(&container, "", "hugetlb.2MB.max");
-        if file.exists() {
-            assert_eq!(read(&container, "", "hugetlb.2MB.max"), "4194304");
-        }
-    }
     assert_eq!(told(&container).hugepage_limits[0].limit, 4 << 20);
+    // "ID:CONTROLLERS:PATH"; the unified hierarchy, also a hybrid host's, has no names there.
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", container.init_pid())).unwrap();
+    let mut written = Vec::new();
+    let mut expected = 0;
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (names, path) = (fields.next().unwrap(), fields.next().unwrap());
+        let (mount, file) = match names {
+            "" => (unified_mount(), "hugetlb.2MB.max"),
+            names if names.split(',').any(|name| name == "hugetlb") => {
+                (mount_of("hugetlb"), "hugetlb.2MB.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        let has = !names.is_empty()
+            || fs::read_to_string(mount.join("cgroup.controllers"))
+                .is_ok_and(|all| all.split_whitespace().any(|name| name == "hugetlb"));
+        // A controller counts the sizes that the processor has.
+        expected += usize::from(has && Path::new(PAGES_OF_2_MIB).exists());
+        let file = mount.join(path.trim_start_matches('/')).join(file);
+        written.extend(fs::read_to_string(file).map(|limit| limit.trim().to_owned()));
+    }
+    assert_eq!(written, vec!["4194304"; expected], "{text}");
+}
+
+const PAGES_OF_2_MIB: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Where cgroup v2 is mounted: alone, or beside v1's hierarchies.
+fn unified_mount() -> PathBuf {
+    match is_cgroup_v2() {
+        true => PathBuf::from("/sys/fs/cgroup"),
+        false => PathBuf::from("/sys/fs/cgroup/unified"),
+    }
 }
 
 #[test]

@@ -61,7 +61,13 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
 pub fn cgroups(node: &Node<'_>) -> Vec<Finding> {
     const SUBJECT: &str = "cgroups";
     let settings = crate::serve::cgroup_settings(&node.config);
-    vec![match cgroup::Cgroups::detect(settings) {
+    let found = cgroup::Cgroups::detect(settings).and_then(|found| {
+        if node.config.containers.writable_cgroup {
+            found.delegates()?;
+        }
+        Ok(found)
+    });
+    vec![match found {
         Ok(found) => Finding::good(
             SUBJECT,
             format!("{:?}, driver {:?}", found.version(), found.driver()).to_lowercase(),
@@ -69,7 +75,7 @@ pub fn cgroups(node: &Node<'_>) -> Vec<Finding> {
         Err(error) => Finding::problem(
             SUBJECT,
             crate::rpc::chain(&error),
-            "see cgroup.driver in `berth config default`",
+            "see cgroup.driver and containers.writable_cgroup in `berth config default`",
         ),
     }]
 }
