@@ -45,6 +45,7 @@ const MOST_WORDS: usize = 1024;
 const FILES: u64 = 1024;
 
 /// RLIMIT_NOFILE, whose type is not the same in every libc.
+#[allow(clippy::unnecessary_cast)]
 const NOFILE: u32 = libc::RLIMIT_NOFILE as u32;
 
 /// A hook that is about to be run.

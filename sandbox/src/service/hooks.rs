@@ -18,7 +18,7 @@ use crate::error::{Kind, Result, SandboxError};
 use crate::handler::BUILT_IN;
 use crate::hooks::{self, Plan};
 use crate::id::ContainerId;
-use crate::monitor::{Monitor, Program};
+use crate::monitor::Program;
 use crate::oci;
 use crate::operation::lock;
 use crate::pod::PodRecord;
@@ -85,9 +85,9 @@ impl Inner {
     }
 
     /// Refused where the pod's monitor is too old to run them.
-    pub(super) fn check_hooks(plan: &Plan, monitor: &Monitor) -> Result<()> {
+    pub(super) fn check_hooks(plan: &Plan, features: u64) -> Result<()> {
         let needed = plan.for_launch("", "").is_some();
-        if needed && monitor.hello.features & feature::HOOKS == 0 {
+        if needed && features & feature::HOOKS == 0 {
             let text = "the pod's monitor is of an earlier version, which runs no OCI hooks: \
                 the pod has to be made anew";
             return Err(SandboxError::new(Kind::Unsupported, text));
@@ -356,4 +356,31 @@ fn run_hooks(
         tracing::warn!(%error, "no thread for hooks");
     }
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_earlier_monitor_is_asked_only_for_what_it_knows() {
+        let earlier = feature::BASE | feature::ATTACH | feature::OCI_RUNTIME;
+        let one = || vec![proto::Hook::default()];
+        let needed = Plan {
+            create_container: one(),
+            ..Plan::default()
+        };
+        // These are run without it.
+        let after = Plan {
+            poststart: one(),
+            poststop: one(),
+            ..Plan::default()
+        };
+        let error = Inner::check_hooks(&needed, earlier).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.chain().contains("earlier version"), "{error}");
+        Inner::check_hooks(&needed, earlier | feature::HOOKS).unwrap();
+        Inner::check_hooks(&after, earlier).unwrap();
+        Inner::check_hooks(&Plan::default(), 0).unwrap();
+    }
 }

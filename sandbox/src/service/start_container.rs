@@ -127,7 +127,7 @@ impl Inner {
         };
         let (message, fds, _held, hooked) = match runtime {
             None => {
-                Inner::check_hooks(&hooks, &monitor)?;
+                Inner::check_hooks(&hooks, monitor.hello.features)?;
                 let hooked = hooks.for_launch("", "").is_some();
                 let plan = hooks.clone();
                 let planned = blocking(move || me.plan(&record, &plan, &held)).await;
