@@ -20,8 +20,8 @@
 mod become_program;
 mod beneath;
 mod exec;
-mod hooks;
 mod gate;
+mod hooks;
 mod init;
 pub mod line;
 pub mod log;
