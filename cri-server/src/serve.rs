@@ -268,7 +268,7 @@ async fn open(
         Found::Enabled(selinux) => {
             let (policy, enforcing) = (selinux.policy(), selinux.is_enforcing());
             tracing::info!(policy, enforcing, "containers get SELinux labels");
-            Some(Arc::new(selinux))
+            Some(Arc::from(selinux))
         }
         Found::Unusable(why) => {
             tracing::warn!(why, "SELinux is on, and containers get no labels");

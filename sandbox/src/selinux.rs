@@ -281,7 +281,7 @@ pub enum Found {
     /// It is on, and containers can have no labels: why.
     Unusable(&'static str),
     /// A policy is loaded that knows containers.
-    Enabled(Selinux),
+    Enabled(Box<Selinux>),
 }
 
 /// SELinux as this node has it.
@@ -371,7 +371,7 @@ impl Selinux {
             other => other?,
         };
         let flag = |name: &str| Ok(read(&fs.join(name))?.trim() == "1");
-        Ok(Found::Enabled(Self {
+        Ok(Found::Enabled(Box::new(Self {
             enforcing: flag("enforce")?,
             levels: flag("mls")?,
             policy,
@@ -379,7 +379,7 @@ impl Selinux {
             categories: categories.max(2),
             choosing: Mutex::default(),
             fs,
-        }))
+        })))
     }
 
     /// Whether what the policy forbids is refused, or only told, when this was looked at.

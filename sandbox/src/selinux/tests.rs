@@ -58,7 +58,7 @@ impl Node {
 
     fn enabled(&self) -> Selinux {
         match self.detect().unwrap() {
-            Found::Enabled(selinux) => selinux,
+            Found::Enabled(selinux) => *selinux,
             Found::Absent(why) | Found::Unusable(why) => panic!("{why}"),
         }
     }

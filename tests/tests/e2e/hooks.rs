@@ -172,7 +172,7 @@ fn each_kind_is_run_at_its_moment_in_its_namespaces_with_its_state() {
         &pod,
         &["sh", "-c", "echo program >> /seen/order; exec sleep 1000"],
     );
-    config.mount(&ground.seen(), "/seen");
+    config.mount(ground.seen(), "/seen");
     let container = pod.create(config);
     assert!(
         !ground.seen().join("order").exists(),
@@ -570,7 +570,7 @@ fn a_hook_that_hangs_holds_its_own_start_alone_and_that_can_be_called_off() {
         ];
         for (way, end) in ways {
             let mut config = hooked(&pod, &["sleep", "1000"]);
-            config.mount(&ground.seen(), "/seen");
+            config.mount(ground.seen(), "/seen");
             let container = pod.create(config);
             std::thread::scope(|scope| {
                 let starting = scope.spawn(|| container.start());
@@ -740,7 +740,7 @@ fn a_hook_of_the_containers_may_do_what_its_program_may() {
     for user in [0, 1000] {
         let script = format!("{show} > /seen/program; exec sleep 1000");
         let mut config = hooked(&pod, &["sh", "-c", &script]);
-        config.mount(&ground.seen(), "/seen");
+        config.mount(ground.seen(), "/seen");
         config.security().run_as_user = Some(cri::Int64Value { value: user });
         config.security().no_new_privs = user != 0;
         let container = pod.start_as(config);
