@@ -32,7 +32,7 @@ use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -108,16 +108,20 @@ impl Inner {
     ) -> Result<OwnedFd> {
         let failed = || format!("cannot make the bundle of container {}", container.id);
         self.clear_bundle(container).map_err(internal(failed()))?;
-        self.join_namespaces(&mut spec, container, held)?;
         let dir = self.bundle(container);
+        let make = |dir: &Path| {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o711)
+                .create(dir)
+        };
+        make(&dir).map_err(internal(failed()))?;
+        self.join_namespaces(&mut spec, container, held)?;
         let text = serde_json::to_string(&spec).map_err(internal(failed()))?;
         // The environment is in there: for the host's root, and to be read by the pod's.
         let reader = pod_mapping(&pod.spec).and_then(|mapping| mapping.gid(0));
         let lay_out = || -> io::Result<()> {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(dir.join("rootfs"))?;
+            make(&dir.join("rootfs"))?;
             let path = dir.join("config.json");
             let mut file = fs::OpenOptions::new()
                 .write(true)
