@@ -19,6 +19,7 @@ mod logging;
 mod metrics;
 mod metrics_http;
 mod pod_metrics;
+mod pull_cgroup;
 mod rpc;
 mod runtime;
 mod serve;

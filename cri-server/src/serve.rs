@@ -8,6 +8,7 @@ use crate::daemon::Daemon;
 use crate::image_source::ImageSource;
 use crate::images::Images;
 use crate::metrics::Metrics;
+use crate::pull_cgroup;
 use crate::rpc::MESSAGE_BYTES;
 use crate::runtime::Runtime;
 use crate::streaming::{Streaming, StreamingError};
@@ -52,6 +53,8 @@ pub enum ServeError {
     NoMonitor,
     #[error("cannot use the cgroups of this host")]
     Cgroups(#[source] cgroup::Error),
+    #[error("cannot have the cgroup for pulls, images.pull_cgroup")]
+    PullCgroup(#[source] cgroup::Error),
     #[error("cannot open the pod network")]
     Network(#[source] Box<network::NetworkError>),
     #[error("cannot open the images")]
@@ -72,7 +75,7 @@ pub enum ServeError {
     },
 }
 
-fn start<E: Into<Box<dyn Error + Send + Sync>>>(
+pub(crate) fn start<E: Into<Box<dyn Error + Send + Sync>>>(
     what: &'static str,
 ) -> impl FnOnce(E) -> ServeError {
     move |source| ServeError::Start {
@@ -216,11 +219,13 @@ async fn open(
     let handlers = handlers(&config, &places);
     let facts = NodeFacts::detect(unset_seccomp, handlers.clone());
     let cgroups = cgroup::Cgroups::detect(cgroup_settings(&config)).map_err(ServeError::Cgroups)?;
+    let cgroups = Arc::new(cgroups);
     let network = Arc::new(
         network::Network::open(network_settings(&config, &places))
             .map_err(|error| ServeError::Network(Box::new(error)))?,
     );
-    let settings = image_settings(&config, &places);
+    let mut settings = image_settings(&config, &places);
+    settings.writers = pull_cgroup::writers(&config, &cgroups).await?;
     let images = tokio::task::spawn_blocking(move || image_service::ImageService::open(settings))
         .await
         .map_err(start("open the images"))?
@@ -277,7 +282,7 @@ async fn open(
     let sandboxes = Sandboxes::open(
         settings,
         network.clone(),
-        Arc::new(cgroups),
+        cgroups,
         Arc::new(images.clone()),
         observer,
     )

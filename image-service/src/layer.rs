@@ -27,9 +27,10 @@ mod sweep;
 mod verify;
 pub mod walk;
 
-use crate::digest::{BadDigest, Digest};
+use crate::digest::{Algorithm, BadDigest, Digest};
 use crate::snapshot::{self, SnapshotError};
-use crate::unpack::{self, Compression, Parents, Target, UnpackError, recipe};
+use crate::unpack::apart::{self, Writers};
+use crate::unpack::{self, Compression, Parents, Summary, Target, UnpackError, recipe};
 use berth_store::atomic_file::Durability;
 use berth_store::{Record, crash, record};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
@@ -43,6 +44,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub(crate) use sweep::Sweeper;
+pub(crate) use verify::note_files;
 pub use verify::{Damage, Finding, Pace};
 
 const FS: &str = "fs";
@@ -239,6 +241,8 @@ struct Inner {
     /// One collection at a time.
     collecting: Mutex<()>,
     sweeper: Sweeper,
+    /// Who writes layers; without them, the thread that asks.
+    writers: Option<Arc<Writers>>,
 }
 
 #[derive(Default)]
@@ -340,6 +344,14 @@ impl Store {
     /// Where `dir` cannot be made, opened or read. A single damaged layer is
     /// repaired if its content is known to be whole and else removed.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        Store::open_with(dir, None)
+    }
+
+    /// As [`Store::open`], with layers written by processes of their own.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(dir: &Path, writers: Option<Arc<Writers>>) -> Result<Store, StoreError> {
         let fail = |action, path: &Path| {
             let path = path.to_owned();
             move |source| StoreError {
@@ -372,6 +384,7 @@ impl Store {
             syncing: Mutex::default(),
             collecting: Mutex::default(),
             sweeper,
+            writers,
         }));
         store.load().map_err(fail("read", dir))?;
         Ok(store)
@@ -599,38 +612,35 @@ impl Store {
             None if ingest.diff_ids.len() == 1 => Parents::None,
             None => Parents::Unknown,
         };
-        let mut replaced = Vec::new();
-        let mut attic_names = || {
-            let name = format!("{TRASH}{}", random_name());
-            replaced.push(name.clone());
-            name
-        };
         let recipe_path = path.join(RECIPE);
         let open_recipe = || {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
             rustix::fs::openat(&ingest_dir, RECIPE, flags, Mode::from_raw_mode(0o600))
-                .and_then(|fd| {
-                    recipe::Writer::new(fd.into()).map_err(|error| recipe::errno(&error))
-                })
                 .map_err(fail("write", &recipe_path))
         };
-        let unpacked = unpack::unpack(
-            blob,
-            ingest.compression,
-            diff_id.algorithm(),
-            ingest.limit_bytes,
-            Target {
-                root,
-                attic: self.0.fd.as_fd(),
-                attic_names: &mut attic_names,
-                parents,
-                recipe: open_recipe()?,
-            },
-        );
-        for name in replaced {
-            self.0.sweeper.remove(name);
-        }
-        let (summary, found) = unpacked?;
+        let recipe_writer = |file: OwnedFd| {
+            recipe::Writer::new(file.into())
+                .map_err(|error| fail("write", &recipe_path)(recipe::errno(&error)))
+        };
+        let (summary, found) = match &self.0.writers {
+            Some(writers) => {
+                let recipe = open_recipe()?;
+                let layer = apart::Layer {
+                    compression: ingest.compression,
+                    diff_id,
+                    limit_bytes: ingest.limit_bytes,
+                    parents,
+                    root: root.as_fd(),
+                    root_path: &fs,
+                    recipe: recipe.as_fd(),
+                };
+                self.unpack_apart(writers, blob, &layer)?
+            }
+            None => {
+                let recipe = recipe_writer(open_recipe()?)?;
+                self.unpack_here(blob, ingest, diff_id.algorithm(), root, parents, recipe)?
+            }
+        };
         if found != *diff_id {
             return Err(UnpackError::DiffId {
                 expected: diff_id.clone(),
@@ -648,14 +658,18 @@ impl Store {
             inodes: summary.inodes,
             has_root: summary.has_root,
             opaque_root: summary.opaque_root,
-            recipe: if summary.is_exact {
-                Recipe::Archive
-            } else {
-                // What an entry wrote and a later one replaced is not there to be checked.
-                let root = rustix::fs::openat(&ingest_dir, FS, OPEN_DIRECTORY, Mode::empty())
-                    .map_err(fail("open", &fs))?;
-                verify::note_files(&root, open_recipe()?).map_err(fail("read", &fs))?;
-                Recipe::Files
+            recipe: match (summary.is_exact, &self.0.writers) {
+                (true, _) => Recipe::Archive,
+                // The writer has noted the files.
+                (false, Some(_)) => Recipe::Files,
+                (false, None) => {
+                    // What an entry wrote and a later one replaced is not there to be checked.
+                    let root = rustix::fs::openat(&ingest_dir, FS, OPEN_DIRECTORY, Mode::empty())
+                        .map_err(fail("open", &fs))?;
+                    verify::note_files(&root, recipe_writer(open_recipe()?)?)
+                        .map_err(fail("read", &fs))?;
+                    Recipe::Files
+                }
             },
         };
         self.save(&path.join(RECORD), &info)?;
@@ -678,6 +692,64 @@ impl Store {
         state.add(info.clone());
         lease.take(&mut state, &id);
         Ok(info)
+    }
+
+    /// Unpacks in this thread.
+    fn unpack_here(
+        &self,
+        blob: impl Read + Send,
+        ingest: Ingest<'_>,
+        algorithm: Algorithm,
+        root: OwnedFd,
+        parents: Parents<'_>,
+        recipe: recipe::Writer,
+    ) -> Result<(Summary, Digest), UnpackError> {
+        let mut replaced = Vec::new();
+        let mut attic_names = || {
+            let name = format!("{TRASH}{}", random_name());
+            replaced.push(name.clone());
+            name
+        };
+        let target = Target {
+            root,
+            attic: self.0.fd.as_fd(),
+            attic_names: &mut attic_names,
+            parents,
+            recipe,
+        };
+        let (compression, limit_bytes) = (ingest.compression, ingest.limit_bytes);
+        let unpacked = unpack::unpack(blob, compression, algorithm, limit_bytes, target);
+        for name in replaced {
+            self.0.sweeper.remove(name);
+        }
+        unpacked
+    }
+
+    /// Has it unpacked by a process of its own. What entries replace goes into one directory, as
+    /// a process that is killed cannot tell their names.
+    fn unpack_apart(
+        &self,
+        writers: &Writers,
+        blob: impl Read,
+        layer: &apart::Layer<'_>,
+    ) -> Result<(Summary, Digest), UnpackError> {
+        let name = format!("{TRASH}{}", random_name());
+        let path = self.0.dir.join(&name);
+        let fail = |action| {
+            let path = path.clone();
+            move |source| UnpackError::Store {
+                action,
+                path,
+                source,
+            }
+        };
+        rustix::fs::mkdirat(&self.0.fd, &*name, Mode::from_raw_mode(0o700))
+            .map_err(fail("make"))?;
+        let unpacked = rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty())
+            .map_err(fail("open"))
+            .and_then(|attic| writers.unpack(blob, layer, attic.as_fd()));
+        self.0.sweeper.remove(name);
+        unpacked
     }
 
     /// Makes every layer that is here now durable. Returns at once where all are.

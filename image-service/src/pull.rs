@@ -12,7 +12,7 @@
 //! is found again by the next pull.
 
 mod chunks;
-mod error;
+pub(crate) mod error;
 mod layers;
 mod trust;
 

@@ -30,6 +30,7 @@ use crate::pull::{self, Documents, PullError};
 use crate::registry::{Registries, Timeouts};
 use crate::snapshot::{self, IdMap, SnapshotError, Snapshots};
 use crate::sources::RegistryFiles;
+use crate::unpack::apart::Writers;
 use crate::usage::{self, FsUsage};
 use arc_swap::ArcSwap;
 use berth_store::atomic_file::{self, Durability};
@@ -81,6 +82,8 @@ pub struct Settings {
     pub max_layer_bytes: Option<u64>,
     /// How long to wait for registries.
     pub timeouts: Timeouts,
+    /// Who writes layers; `None`: the daemon itself.
+    pub writers: Option<Arc<Writers>>,
 }
 
 /// A few compressed megabytes can become any number of bytes; the largest layers in use, models
@@ -105,6 +108,7 @@ impl Settings {
             max_layer_downloads: 3,
             max_layer_bytes: Some(MAX_LAYER_BYTES),
             timeouts: Timeouts::default(),
+            writers: None,
         }
     }
 }
@@ -244,7 +248,7 @@ impl ImageService {
         let records = settings.lib.join("records");
         create(&records)?;
         let content = Content::open(&settings.lib.join("content"))?;
-        let layers = Store::open(&settings.lib.join("layers"))?;
+        let layers = Store::open_with(&settings.lib.join("layers"), settings.writers.clone())?;
         let snapshots = Snapshots::open(&settings.containers, &layers)?;
         let (images, incomplete) = load(&records, &layers, &settings.pinned)?;
         import::remove_leftovers(&settings.lib)?;

@@ -11,6 +11,7 @@
 //!
 //! Source: OCI image-spec, `layer.md`.
 
+pub mod apart;
 mod archive;
 pub mod recipe;
 mod stream;
@@ -24,6 +25,7 @@ pub(crate) use tree::is_opaque;
 
 use crate::digest::{Algorithm, Digest};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -42,7 +44,7 @@ pub enum Parents<'a> {
 }
 
 /// What came out of an archive.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
     /// Entries read, repeated ones and whiteouts included.
     pub entries: u64,
@@ -193,6 +195,12 @@ pub enum UnpackError {
         /// Why not.
         source: Box<crate::snapshot::SnapshotError>,
     },
+    /// The process that was to write it, see [`apart`].
+    #[error("the layer cannot be written in the cgroup for pulls")]
+    Apart {
+        /// Why not.
+        source: apart::ApartError,
+    },
 }
 
 /// Where an unpacking happens.
@@ -216,7 +224,7 @@ pub struct Target<'a> {
 /// where its reader could still refuse it.
 ///
 /// # Errors
-/// Any but `DiffId`, `Store`, `Record` and `Parents`. Whatever was made by then
+/// Any but `DiffId`, `Store`, `Record`, `Parents` and `Apart`. Whatever was made by then
 /// is still there.
 pub fn unpack(
     blob: impl Read + Send,

@@ -3,6 +3,7 @@
 //! the node's root. Berth is not asked.
 
 use crate::host::Host;
+use crate::node::PULLS;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -166,9 +167,9 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
     );
     let slice = format!("{}.slice", footprint.cgroup);
     for dir in footprint.cgroups() {
-        // The parent itself is made once and stays.
+        // The parent itself is made once and stays, and so is what layers are written in.
         let name = dir.file_name().and_then(|name| name.to_str());
-        if name != Some(&footprint.cgroup) && name != Some(&slice) {
+        if name != Some(&footprint.cgroup) && name != Some(&slice) && !is_for_pulls(&dir) {
             left.push(format!("cgroup {}", dir.display()));
         }
     }
@@ -198,6 +199,13 @@ pub fn list(footprint: &Footprint, host: &Host, daemon: Option<u32>) -> Vec<Stri
         );
     }
     left
+}
+
+/// Whether that folder is the cgroup that a node's layers are written in, not one within it.
+pub(crate) fn is_for_pulls(cgroup: &Path) -> bool {
+    let name = cgroup.file_name().and_then(|name| name.to_str());
+    let stem = name.map(|name| name.strip_suffix(".slice").unwrap_or(name));
+    stem.is_some_and(|stem| stem.rsplit('-').next() == Some(PULLS))
 }
 
 /// The built-in network's bridge: made with the first pod, kept from then on.

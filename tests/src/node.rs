@@ -54,6 +54,8 @@ pub struct Options {
     config: String,
     /// More lines of its section cgroup.
     cgroup: String,
+    /// The I/O weight of the cgroup that layers are written in, where there is one.
+    pull_weight: Option<u32>,
     crash_at: Option<String>,
 }
 
@@ -72,6 +74,14 @@ impl Options {
         self
     }
 
+    /// Layers are written in a cgroup of their own, see [`Node::pull_cgroups`]; weight 0: as the
+    /// kernel has it.
+    #[must_use]
+    pub fn pull_cgroup(mut self, io_weight: u32) -> Self {
+        self.pull_weight = Some(io_weight);
+        self
+    }
+
     #[must_use]
     pub fn crash_at(mut self, point: &str) -> Self {
         self.crash_at = Some(point.to_owned());
@@ -82,6 +92,9 @@ impl Options {
     /// When the daemon does not come up.
     pub fn start(self) -> Node {
         let node = Node::prepare_with(&self.config, &self.cgroup);
+        if let Some(weight) = self.pull_weight {
+            node.write_pull_cgroup(weight);
+        }
         node.launch(self.crash_at.as_deref());
         node
     }
@@ -146,7 +159,7 @@ impl Node {
             let _inside = runtime.enter();
             connect(root.join("run/berth.sock"))
         };
-        Self {
+        let node = Self {
             host: Arc::new(Host::new().expect("cannot make the test's host")),
             footprint,
             runtime,
@@ -155,7 +168,41 @@ impl Node {
             registry: OnceLock::new(),
             base: OnceLock::new(),
             names: AtomicU32::new(0),
+        };
+        if std::env::var_os("BERTH_TEST_PULL_CGROUP").is_some() {
+            node.write_pull_cgroup(0);
         }
+        node
+    }
+
+    fn write_pull_cgroup(&self, io_weight: u32) {
+        let dir = self.root().join("etc/conf.d");
+        fs::create_dir_all(&dir).expect("cannot make conf.d");
+        let separator = if is_systemd_driver() { "-" } else { "/" };
+        let text = format!(
+            "[images]\npull_cgroup = \"/{}{separator}{PULLS}\"\npull_io_weight = {io_weight}\n",
+            self.footprint.cgroup
+        );
+        fs::write(dir.join("pull-cgroup.toml"), text).expect("cannot write pull-cgroup.toml");
+    }
+
+    /// The folders of the cgroup that layers are written in, in each hierarchy that has it.
+    pub fn pull_cgroups(&self) -> Vec<PathBuf> {
+        let found = self.footprint.cgroups().into_iter();
+        found.filter(|dir| leftovers::is_for_pulls(dir)).collect()
+    }
+
+    /// The processes that write layers now, once for each hierarchy.
+    pub fn layer_writers(&self) -> Vec<Vec<i32>> {
+        let in_all = |dir: &PathBuf| {
+            let children = fs::read_dir(dir).into_iter().flatten().flatten();
+            let scopes = children
+                .map(|child| child.path())
+                .filter(|path| path.is_dir());
+            let dirs = scopes.chain([dir.clone()]);
+            dirs.flat_map(|dir| leftovers::processes_of(&dir)).collect()
+        };
+        self.pull_cgroups().iter().map(in_all).collect()
     }
 
     pub fn root(&self) -> &Path {
@@ -658,6 +705,9 @@ pub fn spec(reference: &str) -> ImageSpec {
 }
 
 const PREFIX: &str = "berth-test-";
+
+/// How the cgroup is called that layers are written in.
+pub(crate) const PULLS: &str = "pulls";
 
 /// The name of a node's cgroup: without dashes, which would nest a systemd slice.
 fn cgroup_of(name: &str) -> String {

@@ -105,6 +105,7 @@ const CHECKS: &[fn(&Node<'_>) -> Vec<Finding>] = &[
     node::kernel,
     node::cgroups,
     cgroups::cgroups,
+    cgroups::of_pulls,
     node::limits,
     node::state_directory,
     node::programs,

@@ -9,6 +9,7 @@ mod image;
 mod status;
 
 use crate::config::Overrides;
+use crate::pull_cgroup;
 use crate::rpc::chain;
 use clap::{Args, Parser, Subcommand};
 use std::error::Error;
@@ -81,6 +82,9 @@ enum Command {
     Explain(explain::Command),
     /// Print versions: this program's and, where it answers, the daemon's
     Version,
+    /// Write one layer of an image: what the daemon runs in images.pull_cgroup
+    #[command(name = pull_cgroup::COMMAND, hide = true)]
+    WriteLayer,
     /// For tests of Berth itself
     #[command(subcommand, hide = true)]
     Debug(debug::Command),
@@ -101,6 +105,7 @@ pub fn main() -> ExitCode {
         Command::Image(command) => image::run(command, &places),
         Command::Explain(command) => explain::run(command, &places),
         Command::Version => client::version(&places),
+        Command::WriteLayer => pull_cgroup::write_layer(),
         Command::Debug(command) => debug::run(command),
     };
     match outcome {

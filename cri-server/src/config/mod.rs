@@ -183,6 +183,19 @@ impl Config {
                 return refuse(key, "must be at least 1".into());
             }
         }
+        if images.pull_io_weight > 10_000 {
+            return refuse("images.pull_io_weight", "must be 0, or 1 to 10000".into());
+        }
+        if images.pull_cgroup.is_empty() {
+            if images.pull_io_weight != 0 {
+                let problem = "needs images.pull_cgroup, whose weight it is".into();
+                return refuse("images.pull_io_weight", problem);
+            }
+        } else if let Err(problem) =
+            berth_sandbox::cgroup::check_pull_cgroup(&images.pull_cgroup, &self.cgroup.parent)
+        {
+            return refuse("images.pull_cgroup", problem);
+        }
         let bridge = &self.network.bridge;
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
         // Source: IFNAMSIZ in linux/if.h, its NUL included.
@@ -566,6 +579,21 @@ mod tests {
         };
         let config = Config::load(&Layout::find(&overrides).unwrap()).unwrap();
         assert_eq!((config.network.mtu, config.network.hairpin), (9000, false));
+    }
+
+    #[test]
+    fn a_cgroup_for_pulls_is_one_of_its_own_and_a_weight_is_its() {
+        let config = apply("[images]\npull_cgroup = \"/pulls\"\npull_io_weight = 10\n").unwrap();
+        assert_eq!(config.images.pull_io_weight, 10);
+        for (text, wrong) in [
+            ("pull_io_weight = 10", "needs images.pull_cgroup"),
+            ("pull_cgroup = \"/x\"\npull_io_weight = 10001", "1 to 10000"),
+            ("pull_cgroup = \"/berth\"", "cgroup.parent"),
+            ("pull_cgroup = \"/a/../b\"", "climbs"),
+        ] {
+            let error = apply(&format!("[images]\n{text}\n")).unwrap_err();
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
     }
 
     #[test]

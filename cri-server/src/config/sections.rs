@@ -243,6 +243,15 @@ sections! {
         scrub_every_hours: u32 = 168;
         /// How fast a scrub reads at most. Unit: MiB per second, at least 1.
         scrub_mib_per_second: u32 = 16;
+        /// The cgroup that layers are written in by pulls and imports, each by a process of its
+        /// own, so that they do not take the disk from what runs here: a path as in cgroup.parent
+        /// and apart from it, "/berth-pulls" for example, made where it is not there; with systemd
+        /// the slice of that name. "": none, the daemon writes them.
+        pull_cgroup: String = String::new();
+        /// The weight of that cgroup's I/O; others have 100 unless they were given another. It acts
+        /// where disks have the BFQ scheduler, or io.cost on cgroup v2; `berth doctor` says what is
+        /// missing. Unit: that of cgroup v2's io.weight, 1 to 10000. 0: as the kernel has it.
+        pull_io_weight: u32 = 0;
     }
 
     /// The network of pods that do not use the host's.

@@ -389,7 +389,7 @@ impl Files<'_> {
 }
 
 /// Notes every file below `root` as it is.
-pub(super) fn note_files(root: &OwnedFd, mut writer: recipe::Writer) -> Result<(), Errno> {
+pub(crate) fn note_files(root: &OwnedFd, mut writer: recipe::Writer) -> Result<(), Errno> {
     let mut buffer = vec![0; READ_BYTES];
     let mut linked = HashSet::new();
     let mut directories: Vec<Vec<u8>> = vec![Vec::new()];

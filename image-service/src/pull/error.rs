@@ -172,7 +172,8 @@ pub(crate) fn unpack_kind(error: &UnpackError) -> Kind {
         UnpackError::Entry { .. }
         | UnpackError::Store { .. }
         | UnpackError::Record { .. }
-        | UnpackError::Parents { .. } => Kind::Local,
+        | UnpackError::Parents { .. }
+        | UnpackError::Apart { .. } => Kind::Local,
     }
 }
 

@@ -11,6 +11,7 @@ use super::UnpackError;
 use super::recipe;
 use crate::digest::{Algorithm, Digest, Hasher};
 use flate2::bufread::MultiGzDecoder;
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
@@ -31,7 +32,7 @@ const BLOCKS_AHEAD: usize = 3;
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
 /// How a layer's archive is compressed, as its media type says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
     /// A plain tar archive.
     None,

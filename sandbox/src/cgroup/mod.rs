@@ -18,6 +18,7 @@ mod file;
 mod journal;
 mod kill;
 mod path;
+mod pulls;
 mod stats;
 mod systemd;
 mod usage;
@@ -27,6 +28,7 @@ mod v2;
 pub use device::{DeviceKind, DeviceRule};
 pub use journal::Journal;
 pub use path::BadPath;
+pub use pulls::{PullCgroup, PullSettings, Shortcoming, check_pull_cgroup};
 pub use stats::{CpuStats, MemoryStats, PidsStats, Pressure, PressureTotals, Stats, SwapStats};
 pub use systemd::{SystemdError, is_there as systemd_is_there};
 pub use usage::{DeviceIo, HugepageUsage, Limits};
@@ -407,8 +409,13 @@ impl Cgroups {
         };
         let slice = cgroup.path.rsplit('/').nth(1).unwrap_or_default();
         let _starting = self.slices.read().unwrap_or_else(PoisonError::into_inner);
-        self.systemd
-            .start_scope(unit, slice, holder, &self.with_defaults(resources))?;
+        self.systemd.start_scope(
+            unit,
+            &format!("Berth container {unit}"),
+            slice,
+            holder,
+            &self.with_defaults(resources),
+        )?;
         systemd::until_entered(holder, &cgroup.path)?;
         systemd::until_there(directory)?;
         let resources = self.with_defaults(resources);

@@ -126,15 +126,13 @@ impl Systemd {
     pub fn start_scope(
         &self,
         unit: &str,
+        description: &str,
         slice: &str,
         holder: u32,
         resources: &Resources,
     ) -> Result<(), SystemdError> {
         let mut properties: Properties<'_> = vec![
-            (
-                "Description",
-                Variant::from(format!("Berth container {unit}")),
-            ),
+            ("Description", Variant::from(description.to_owned())),
             ("Slice", Variant::from(slice.to_owned())),
             ("PIDs", Variant::from(vec![holder])),
             ("Delegate", Variant::from(true)),
@@ -181,6 +179,31 @@ impl Systemd {
             unit,
             "StartTransientUnit",
             &(unit, "fail", properties, auxiliary),
+        )
+    }
+
+    /// Starts the slice `unit`, or uses the one that somebody has configured, and gives it the
+    /// weight `io_weight`.
+    pub fn start_weighted_slice(
+        &self,
+        unit: &str,
+        io_weight: Option<u64>,
+    ) -> Result<(), SystemdError> {
+        if let Err(first) = self.start_slice(unit) {
+            // One with a file of its own, or that runs already, is none that can be made here.
+            self.call("start", unit, "StartUnit", &(unit, "replace"))
+                .map_err(|_| first)?;
+        }
+        let mut properties: Properties<'_> = vec![
+            ("MemoryAccounting", Variant::from(true)),
+            ("IOAccounting", Variant::from(true)),
+        ];
+        properties.extend(io_weight.map(|weight| ("IOWeight", Variant::U64(weight))));
+        self.call(
+            "set the weight of",
+            unit,
+            "SetUnitProperties",
+            &(unit, true, properties),
         )
     }
 

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use tonic::Code;
 
 /// A file system of a certain size, on which the images are.
-struct Small {
+pub struct Small {
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl Small {
-    fn mount(options: &str) -> Self {
+    pub fn mount(options: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("berth-small-")
             .tempdir()
@@ -32,19 +32,22 @@ impl Small {
     }
 
     fn node(&self) -> Node {
-        let images = self.path.join("images");
-        Node::options()
-            .config(&format!("[paths]\nimages = \"{}\"\n", images.display()))
-            .start()
+        self.options().start()
     }
 
-    fn free(&self) -> u64 {
+    /// Of a node that has its images there.
+    pub fn options(&self) -> berth_tests::node::Options {
+        let images = self.path.join("images");
+        Node::options().config(&format!("[paths]\nimages = \"{}\"\n", images.display()))
+    }
+
+    pub fn free(&self) -> u64 {
         let stat = statvfs(&self.path).unwrap();
         stat.blocks_available() * stat.fragment_size()
     }
 
     /// Takes room until `left` bytes are free.
-    fn fill(&self, left: u64) {
+    pub fn fill(&self, left: u64) {
         let _ = fs::remove_file(self.path.join("ballast"));
         let take = self.free().saturating_sub(left);
         fs::write(self.path.join("ballast"), vec![1; take as usize]).unwrap();
@@ -58,7 +61,7 @@ impl Drop for Small {
 }
 
 /// Three layers of one and a half MiB each.
-fn image() -> Image {
+pub fn image() -> Image {
     let mut builder = Image::builder(Format::Oci);
     for nth in 0..3u8 {
         let mut layer = Layer::new().file(&format!("large-{nth}"), 0o644, vec![nth; 1_400_000]);

@@ -35,6 +35,7 @@ mod network;
 mod network_builtin;
 mod network_crowd;
 mod pods;
+mod pull_cgroup;
 mod pulls;
 mod registries;
 mod resources;

@@ -2,8 +2,9 @@
 //! counts.
 
 use super::{Finding, Node};
-use berth_sandbox::cgroup::{Cgroups, Driver, Version};
+use berth_sandbox::cgroup::{Cgroups, Driver, PullCgroup, Version};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Where kubeadm and most others write it. Source: kubeadm, KubeletConfigurationFile.
 const KUBELET_CONFIG: &str = "/var/lib/kubelet/config.yaml";
@@ -55,6 +56,44 @@ pub fn cgroups(node: &Node<'_>) -> Vec<Finding> {
             "boot with psi=1",
         ));
     }
+    findings
+}
+
+/// Whether the cgroup for pulls does what it is for.
+pub fn of_pulls(node: &Node<'_>) -> Vec<Finding> {
+    const SUBJECT: &str = "pull cgroup";
+    let Some(settings) = crate::pull_cgroup::settings(&node.config) else {
+        return Vec::new();
+    };
+    // Said by the check before.
+    let Ok(found) = Cgroups::detect(crate::serve::cgroup_settings(&node.config)) else {
+        return Vec::new();
+    };
+    let cgroup = match PullCgroup::new(Arc::new(found), &settings) {
+        Ok(cgroup) => cgroup,
+        Err(error) => {
+            let error = crate::rpc::chain(&error);
+            return vec![Finding::problem(
+                SUBJECT,
+                format!("images.pull_cgroup cannot be used, berth serve does not start: {error}"),
+                "name another, or none",
+            )];
+        }
+    };
+    let mut findings: Vec<Finding> = cgroup
+        .shortcomings()
+        .iter()
+        .map(|short| Finding::warning(SUBJECT, short.to_string(), short.advice()))
+        .collect();
+    let path = cgroup.path();
+    findings.push(match cgroup.exists() {
+        true => Finding::good(SUBJECT, format!("layers are written in {path}")),
+        false => Finding::warning(
+            SUBJECT,
+            format!("{path} is not there, so what the kernel has for a weight is not known"),
+            "start `berth serve`, which makes it",
+        ),
+    });
     findings
 }
 
