@@ -13,8 +13,9 @@ pub use crate::auth_file::{AuthFileError, SecretSource};
 use crate::auth_file::{Found, Helpers};
 pub use crate::credentials::{BadCredentials, Credentials};
 use crate::credentials::{Identity, Secret};
+use crate::retry;
 use base64::Engine as _;
-use http::HeaderValue;
+use http::{HeaderValue, header};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,6 +35,8 @@ const UNSAID_LIFE: Duration = Duration::from_secs(60);
 const LONGEST_LIFE: Duration = Duration::from_secs(3600);
 /// A token this close to its end is not used any more: a request takes time, too.
 const MARGIN: Duration = Duration::from_secs(10);
+/// Redirects of one token request that are followed.
+const MAX_REDIRECTS: usize = 5;
 /// Most (registry, repository, credentials) remembered.
 const MAX_KNOWN: usize = 4096;
 
@@ -59,6 +62,16 @@ pub enum AuthError {
         host: String,
         /// The HTTP status.
         status: u16,
+        /// How long it wants to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The token service sends us elsewhere, or in circles.
+    #[error("the token service at {host} redirects, which is not followed: {why}")]
+    Redirect {
+        /// The service's host.
+        host: String,
+        /// Why not.
+        why: &'static str,
     },
     /// The token service could not be talked to.
     #[error("the token service at {host} cannot be reached")]
@@ -99,11 +112,27 @@ impl AuthError {
             AuthError::NoCredentials
             | AuthError::Challenge
             | AuthError::Realm { .. }
+            | AuthError::Redirect { .. }
             | AuthError::NoToken { .. }
             | AuthError::Useless { .. }
             | AuthError::Credentials(_)
             | AuthError::File(_) => false,
         }
+    }
+}
+
+impl AuthError {
+    /// How long the token service wants to be left alone.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            AuthError::Refused { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// True when the token service wants to be left alone.
+    pub(crate) fn is_busy(&self) -> bool {
+        matches!(self, AuthError::Refused { status: 429, .. })
     }
 }
 
@@ -508,7 +537,7 @@ impl TokenService<'_> {
         };
         if let Some(token) = identity {
             let form = [("grant_type", "refresh_token"), ("refresh_token", token)];
-            return self.read(self.post(&form)).await;
+            return self.read(&self.url, |url| self.post(url, &form)).await;
         }
         let mut url = self.url.clone();
         {
@@ -520,12 +549,13 @@ impl TokenService<'_> {
                 query.append_pair("scope", scope);
             }
         }
-        let request = self.http.get(url);
         let Some(Secret::Basic { username, password }) = secret else {
-            return self.read(request).await;
+            return self.read(&url, |url| self.http.get(url)).await;
         };
         let by_get = self
-            .read(request.basic_auth(username, Some(password)))
+            .read(&url, |url| {
+                self.http.get(url).basic_auth(username, Some(password))
+            })
             .await;
         match by_get {
             // A service that speaks OAuth 2 only.
@@ -538,13 +568,13 @@ impl TokenService<'_> {
                     ("username", username),
                     ("password", password),
                 ];
-                self.read(self.post(&form)).await
+                self.read(&self.url, |url| self.post(url, &form)).await
             }
             other => other,
         }
     }
 
-    fn post(&self, form: &[(&str, &str)]) -> reqwest::RequestBuilder {
+    fn post(&self, url: Url, form: &[(&str, &str)]) -> reqwest::RequestBuilder {
         let form: String = url::form_urlencoded::Serializer::new(String::new())
             .extend_pairs(form)
             .append_pair("service", self.service)
@@ -552,29 +582,55 @@ impl TokenService<'_> {
             .append_pair("scope", &self.scopes.join(" "))
             .finish();
         self.http
-            .post(self.url.clone())
+            .post(url)
             .header("content-type", "application/x-www-form-urlencoded")
             .body(form)
     }
 
+    /// The token of the answer to what `request` makes for `url`, or for where that is moved to
+    /// on the same host. Every request has the secret in it, so no other host gets one.
     async fn read(
         &self,
-        request: reqwest::RequestBuilder,
+        url: &Url,
+        request: impl Fn(Url) -> reqwest::RequestBuilder,
     ) -> Result<(String, Duration), AuthError> {
         let host = authority(&self.url);
         let unreachable = |source: reqwest::Error| AuthError::Unreachable {
             host: host.clone(),
             source: source.without_url(),
         };
-        let mut response = request
-            .timeout(self.patience)
-            .send()
-            .await
-            .map_err(unreachable)?;
+        let mut url = url.clone();
+        let mut redirects = 0;
+        let mut response = loop {
+            let request = request(url.clone()).timeout(self.patience);
+            let response = request.send().await.map_err(unreachable)?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                break response;
+            }
+            let refused = |why| AuthError::Redirect {
+                host: host.clone(),
+                why,
+            };
+            let next = response
+                .headers()
+                .get(header::LOCATION)
+                .and_then(|value| value.to_str().ok())
+                .and_then(|location| url.join(location).ok())
+                .ok_or_else(|| refused("it has no valid location"))?;
+            if next.origin() != self.url.origin() {
+                return Err(refused("it leads to another host"));
+            }
+            redirects += 1;
+            if redirects > MAX_REDIRECTS {
+                return Err(refused("there are too many"));
+            }
+            url = next;
+        };
         if !response.status().is_success() {
             return Err(AuthError::Refused {
                 host,
                 status: response.status().as_u16(),
+                retry_after: retry::retry_after_of(&response),
             });
         }
         let mut body = Vec::new();

@@ -42,7 +42,6 @@ struct Way {
     /// Of every file; `None` for one that is not there.
     files: Vec<Option<FileState>>,
     connect: Duration,
-    no_progress: Duration,
     proxy: Proxy,
 }
 
@@ -84,7 +83,6 @@ impl Clients {
                 .map(state_of)
                 .collect(),
             connect: host.dial_timeout.unwrap_or(timeouts.connect),
-            no_progress: timeouts.no_progress,
             proxy: host.proxy.clone(),
         };
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +131,6 @@ fn build(host: &Host, way: &Way, environment: &ProxyEnvironment) -> Result<Clien
         .redirect(reqwest::redirect::Policy::none())
         .referer(false)
         .connect_timeout(way.connect)
-        .read_timeout(way.no_progress)
         .pool_idle_timeout(IDLE)
         // The decision is ours, so that it can be explained.
         .no_proxy();

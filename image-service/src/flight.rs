@@ -79,6 +79,13 @@ impl<K: Eq + Hash + Clone> Flights<K> {
     }
 }
 
+impl<K: Eq + Hash> Flights<K> {
+    /// Whoever fetches `key` now.
+    pub fn running(&self, key: &K) -> Option<Waiting> {
+        self.lock().get(key).cloned().map(Waiting)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -225,6 +225,9 @@ pub struct Ingest<'a> {
     pub limit_bytes: Option<u64>,
 }
 
+/// Waits for the layers below one and gives them, lowest first.
+pub type WaitForParents<'a> = dyn Fn() -> Result<Vec<LayerId>, UnpackError> + Sync + 'a;
+
 /// The layers on this node. Cheap to clone; all clones are the same store.
 #[derive(Clone)]
 pub struct Store(Arc<Inner>);
@@ -537,11 +540,32 @@ impl Store {
         ingest: Ingest<'_>,
         blob: impl Read + Send,
     ) -> Result<LayerInfo, UnpackError> {
+        self.unpack_waiting(lease, ingest, None, blob)
+    }
+
+    /// As [`Store::unpack`], and a layer that turns out to need its parents while
+    /// `ingest.parents` is `None` waits for them: `wait` is called once, blocks, and gives them
+    /// as `ingest.parents` would. While it blocks, nobody who wants the same diff ID waits for
+    /// this call any more, so it may depend on any layer below; where the layer is here when
+    /// this call is done, by whomever, that one is given.
+    ///
+    /// # Errors
+    /// As [`Store::unpack`]; what `wait` says.
+    ///
+    /// # Panics
+    /// When `ingest.diff_ids` is empty.
+    pub fn unpack_waiting(
+        &self,
+        lease: &Lease,
+        ingest: Ingest<'_>,
+        wait: Option<&WaitForParents<'_>>,
+        blob: impl Read + Send,
+    ) -> Result<LayerInfo, UnpackError> {
         let diff_id = ingest
             .diff_ids
             .last()
             .expect("a layer to unpack has a diff ID");
-        let _flight = {
+        let flight = {
             let mut state = self.state();
             loop {
                 if let Some(info) = self.find_locked(&mut state, lease, ingest.diff_ids) {
@@ -556,27 +580,63 @@ impl Store {
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            Flight {
+            Mutex::new(Some(Flight {
                 store: self,
                 diff_id,
+            }))
+        };
+        let view = |parents: &[LayerId]| {
+            snapshot::mount_readonly(self, parents).map_err(|source| UnpackError::Parents {
+                source: Box::new(source),
+            })
+        };
+        let later = wait.map(|wait| {
+            let (flight, view) = (&flight, &view);
+            move || {
+                drop(lock(flight).take());
+                view(&wait()?)
             }
+        });
+        let parents_view = match ingest.parents {
+            Some(parents) if !parents.is_empty() && ingest.diff_ids.len() > 1 => {
+                Some(view(parents)?)
+            }
+            _ => None,
+        };
+        let parents = match (&parents_view, &later) {
+            (Some(view), _) => Parents::Merged(view.as_fd()),
+            (None, _) if ingest.diff_ids.len() == 1 => Parents::None,
+            (None, Some(later)) => Parents::Later(later),
+            (None, None) => Parents::Unknown,
         };
         let name = format!("{INGEST}{}", random_name());
-        let result = self.unpack_into(&name, lease, ingest, diff_id, blob);
-        if result.is_err() {
-            self.0.sweeper.remove(name);
+        match self.unpack_into(&name, lease, ingest, diff_id, parents, blob) {
+            Ok((info, true)) => Ok(info),
+            Ok((info, false)) => {
+                self.0.sweeper.remove(name);
+                Ok(info)
+            }
+            Err(error) => {
+                self.0.sweeper.remove(name);
+                if !matches!(error, UnpackError::LeansOnParents) {
+                    return Err(error);
+                }
+                // Without its flight another one may have been quicker.
+                self.find(lease, ingest.diff_ids).ok_or(error)
+            }
         }
-        result
     }
 
+    /// The layer, and whether it is the one that was unpacked now: else it came here meanwhile.
     fn unpack_into(
         &self,
         name: &str,
         lease: &Lease,
         ingest: Ingest<'_>,
         diff_id: &Digest,
+        parents: Parents<'_>,
         blob: impl Read + Send,
-    ) -> Result<LayerInfo, UnpackError> {
+    ) -> Result<(LayerInfo, bool), UnpackError> {
         let path = self.0.dir.join(name);
         let fail = |action, path: &Path| {
             let path = path.to_owned();
@@ -597,21 +657,6 @@ impl Store {
         // What a layer without an entry for its root gets, as everywhere.
         rustix::fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(fail("make", &fs))?;
 
-        let parents_view = match ingest.parents {
-            Some(parents) if !parents.is_empty() && ingest.diff_ids.len() > 1 => {
-                Some(snapshot::mount_readonly(self, parents).map_err(|source| {
-                    UnpackError::Parents {
-                        source: Box::new(source),
-                    }
-                })?)
-            }
-            _ => None,
-        };
-        let parents = match &parents_view {
-            Some(view) => Parents::Merged(view.as_fd()),
-            None if ingest.diff_ids.len() == 1 => Parents::None,
-            None => Parents::Unknown,
-        };
         let recipe_path = path.join(RECIPE);
         let open_recipe = || {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
@@ -647,6 +692,14 @@ impl Store {
                 found,
             });
         }
+        if summary.compression != ingest.compression {
+            tracing::warn!(
+                layer = %diff_id,
+                said = %ingest.compression,
+                found = %summary.compression,
+                "a layer is packed otherwise than its media type says"
+            );
+        }
         let id = match LayerId::on_parents(ingest.diff_ids) {
             Some(on_parents) if summary.leans_on_parents => on_parents,
             _ => LayerId::alone(diff_id),
@@ -675,6 +728,9 @@ impl Store {
         self.save(&path.join(RECORD), &info)?;
         crash::point("layer-unpacked");
         let mut state = self.state();
+        if let Some(info) = self.find_locked(&mut state, lease, ingest.diff_ids) {
+            return Ok((info, false));
+        }
         let final_name = id.to_string();
         self.supersede(&mut state, &id)?;
         rustix::fs::renameat_with(
@@ -691,7 +747,7 @@ impl Store {
         state.beside.insert(final_name, beside);
         state.add(info.clone());
         lease.take(&mut state, &id);
-        Ok(info)
+        Ok((info, true))
     }
 
     /// Unpacks in this thread.

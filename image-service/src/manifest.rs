@@ -339,6 +339,11 @@ impl fmt::Display for Platform {
     }
 }
 
+/// Added to the rank of an image for the machine's own architecture.
+const OWN_ARCHITECTURE: u32 = 10_000;
+/// The highest level of 32-bit arm, that of an arm64 processor.
+const ARM_V8: u32 = 80;
+
 impl Platform {
     /// What this machine can run, with the highest variant of its processor.
     pub fn host() -> Platform {
@@ -358,25 +363,48 @@ impl Platform {
         }
     }
 
-    /// How well this machine runs an image for `image`: more is better, `None` not at all.
+    /// How well this machine runs an image for `image`: more is better, `None` not at all. An
+    /// image of the smaller sister (386 on amd64, 32-bit arm on arm64) comes behind every one of
+    /// the machine's own; whether this very arm64 processor runs 32 bits nobody asks.
+    ///
+    /// Source: containerd's `platforms` module, which decides the same for its default matcher.
     pub fn rank(&self, image: &Platform) -> Option<u32> {
-        let same = image.os == self.os && image.architecture == self.architecture;
-        let level = image.level()?;
-        (same && level <= self.level()?).then_some(level)
+        if !image.os.eq_ignore_ascii_case(&self.os) {
+            return None;
+        }
+        let (own, most) = self.normal()?;
+        let (other, level) = image.normal()?;
+        match (&*own, &*other) {
+            (own, other) if own == other => (level <= most).then_some(OWN_ARCHITECTURE + level),
+            ("amd64", "386") => Some(0),
+            ("arm64", "arm") => (level <= ARM_V8).then_some(level),
+            _ => None,
+        }
     }
 
-    /// The variant as a number; the variant nobody wrote is the architecture's usual one.
-    fn level(&self) -> Option<u32> {
-        let usual = match &*self.architecture {
-            "amd64" => 1,
-            "arm64" => 8,
-            "arm" => 7,
-            _ => 0,
+    /// The architecture by its usual name, and the variant as a number: ten for each whole one.
+    /// The variant nobody wrote is the architecture's usual one; `None` for one that is none.
+    fn normal(&self) -> Option<(String, u32)> {
+        let written = self.architecture.to_ascii_lowercase();
+        let (architecture, usual) = match &*written {
+            "x86_64" | "x86-64" | "amd64" => ("amd64", "1"),
+            "i386" | "386" => ("386", "0"),
+            "aarch64" | "arm64" => ("arm64", "8"),
+            "armhf" | "arm" => ("arm", "7"),
+            "armel" => ("arm", "6"),
+            other => (other, "0"),
         };
-        match &*self.variant {
-            "" => Some(usual),
-            text => text.strip_prefix('v')?.parse().ok(),
-        }
+        let variant = self.variant.to_ascii_lowercase();
+        let variant = match variant.strip_prefix('v').unwrap_or(&variant) {
+            // Their names say it all.
+            _ if matches!(&*written, "i386" | "armhf" | "armel") => usual,
+            "" => usual,
+            variant => variant,
+        };
+        let (whole, part) = variant.split_once('.').unwrap_or((variant, "0"));
+        let number = |text: &str| text.parse::<u32>().ok().filter(|&number| number < 100);
+        let level = number(whole)? * 10 + number(part)?.min(9);
+        Some((architecture.to_owned(), level))
     }
 }
 
@@ -772,6 +800,91 @@ mod tests {
         let entries = [silent.clone(), entries[2].clone()];
         assert_eq!(pick(&entries, &machine("")).unwrap(), &entries[1]);
         assert_eq!(pick(&entries[..1], &machine("")).unwrap(), &silent);
+    }
+
+    #[test]
+    fn platforms_suit_as_containerds_matcher_says() {
+        let platform = |text: &str| {
+            let mut parts = text.split('/').map(str::to_owned);
+            let mut next = || parts.next().unwrap_or_default();
+            Platform {
+                os: next(),
+                architecture: next(),
+                variant: next(),
+            }
+        };
+        // Best first; what stands in one place suits equally well.
+        let suits: [(&str, &[&[&str]]); 5] = [
+            (
+                "linux/amd64/v3",
+                &[
+                    &["linux/amd64/v3", "Linux/x86-64/3"],
+                    &["linux/amd64/v2"],
+                    &["linux/amd64", "linux/x86_64", "linux/amd64/v1"],
+                    &["linux/386", "linux/i386", "linux/i386/i686"],
+                ],
+            ),
+            (
+                "linux/amd64",
+                &[&["linux/amd64", "linux/amd64/v1"], &["linux/386"]],
+            ),
+            (
+                "linux/arm64/v8",
+                &[
+                    &[
+                        "linux/arm64",
+                        "linux/aarch64",
+                        "linux/arm64/v8",
+                        "linux/arm64/8",
+                    ],
+                    &["linux/arm/v8", "linux/arm/8"],
+                    &["linux/arm", "linux/arm/v7", "linux/arm/7", "linux/armhf"],
+                    &["linux/arm/v6", "linux/armel"],
+                    &["linux/arm/v5"],
+                ],
+            ),
+            (
+                "linux/arm/v6",
+                &[&["linux/arm/v6", "linux/armel"], &["linux/arm/v5"]],
+            ),
+            ("linux/s390x", &[&["linux/s390x"]]),
+        ];
+        for (machine, places) in suits {
+            let machine = platform(machine);
+            let ranks = places.iter().map(|place| {
+                let ranks: Vec<_> = place
+                    .iter()
+                    .map(|name| machine.rank(&platform(name)))
+                    .collect();
+                assert!(
+                    ranks.iter().all(|rank| *rank == ranks[0]),
+                    "{place:?}: {ranks:?}"
+                );
+                ranks[0].unwrap_or_else(|| panic!("{machine}: {place:?}"))
+            });
+            assert!(ranks.is_sorted_by(|one, next| one > next), "{machine}");
+        }
+        for (machine, image) in [
+            ("linux/amd64/v3", "linux/amd64/v4"),
+            ("linux/amd64", "linux/amd64/v2"),
+            ("linux/amd64", "windows/amd64"),
+            ("linux/amd64", "linux/arm64"),
+            ("linux/amd64", "linux/amd64/x"),
+            ("linux/amd64", "linux/amd64/v99999999999"),
+            ("linux/arm64/v8", "linux/arm64/v8.1"),
+            ("linux/arm64/v8", "linux/arm64/v9"),
+            ("linux/arm64/v8", "linux/arm/v9"),
+            ("linux/arm/v7", "linux/arm64"),
+            ("linux/arm/v7", "linux/arm/v8"),
+            ("linux/386", "linux/amd64"),
+            ("linux/s390x", "linux/386"),
+        ] {
+            assert_eq!(
+                platform(machine).rank(&platform(image)),
+                None,
+                "{image} on {machine}"
+            );
+        }
     }
 
     #[test]

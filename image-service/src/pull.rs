@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     documents: Flights<Digest>,
     /// Layers being fetched, by diff ID.
     layers: Flights<Digest>,
+    /// Those of them that turned out to lean on their parents, by chain ID instead.
+    leaning: Flights<Digest>,
     /// Layers at a time, over all pulls.
     layer_permits: Semaphore,
 }
@@ -63,9 +65,17 @@ impl Shared {
         Arc::new(Shared {
             documents: Flights::default(),
             layers: Flights::default(),
+            leaning: Flights::default(),
             layer_permits: Semaphore::new(max_layers.clamp(1, Semaphore::MAX_PERMITS)),
         })
     }
+}
+
+/// What every pull that runs has for itself: one layer at a time that does not count among all
+/// pulls' layers. So nobody waits for another registry, which may be as slow as it is allowed to
+/// be, and at most a layer for each pull comes to those that are fetched at a time.
+pub(crate) fn own_layer() -> Semaphore {
+    Semaphore::new(1)
 }
 
 /// Everything one pull needs.
@@ -77,6 +87,8 @@ pub(crate) struct Job {
     pub layers: Store,
     pub machine: Platform,
     pub max_layer_downloads: usize,
+    /// One layer beyond what all pulls together may fetch, see [`own_layer`].
+    pub own_permit: Semaphore,
     pub max_layer_bytes: Option<u64>,
     pub progress: Progress,
 }

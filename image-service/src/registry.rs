@@ -446,10 +446,9 @@ impl Registry {
             .map(str::to_owned);
         let mut bytes = Vec::new();
         let reading = async {
-            while let Some(chunk) = response
-                .chunk()
-                .await
-                .map_err(|error| RegistryError::transport(place.clone(), error))?
+            let patience = self.shared.timeouts.no_progress;
+            while let Some(chunk) =
+                RegistryError::within(patience, &place, response.chunk()).await?
             {
                 if bytes.len() as u64 + chunk.len() as u64 > limit_bytes {
                     return Err(too_large());

@@ -98,6 +98,12 @@ pub(crate) fn retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     Some(at.duration_since(now).unwrap_or_default())
 }
 
+/// What the answer's `Retry-After` asks for.
+pub(crate) fn retry_after_of(response: &reqwest::Response) -> Option<Duration> {
+    let value = response.headers().get(http::header::RETRY_AFTER)?;
+    retry_after(value.to_str().ok()?, SystemTime::now())
+}
+
 /// `Sun, 06 Nov 1994 08:49:37 GMT`, the one form that is still sent.
 fn http_date(text: &str) -> Option<SystemTime> {
     const MONTHS: [&str; 12] = [

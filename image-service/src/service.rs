@@ -74,7 +74,7 @@ pub struct Settings {
     pub pinned: Patterns,
     /// How many pulls run at a time; the others wait for their turn.
     pub max_pulls: usize,
-    /// How many layers are fetched at a time, over all pulls.
+    /// How many layers are fetched at a time, over all pulls; each pull may fetch one beyond them.
     pub max_layers: usize,
     /// How many layers of one image are fetched at a time; 3 unless said otherwise.
     pub max_layer_downloads: usize,

@@ -27,20 +27,38 @@ use crate::digest::{Algorithm, Digest};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
+use std::fmt;
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
+/// Waits until the layers below are here and gives the root of their merged view. Asked at most
+/// once for a layer, and only where it needs them.
+pub type Wait<'a> = dyn Fn() -> Result<OwnedFd, UnpackError> + Sync + 'a;
+
 /// What is below the layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Parents<'a> {
     /// Nothing: it is the lowest of its image.
     None,
     /// Layers that are not here yet.
     Unknown,
+    /// Layers that may not be here yet, and can be waited for.
+    Later(&'a Wait<'a>),
     /// The root of their merged view.
     Merged(BorrowedFd<'a>),
+}
+
+impl fmt::Debug for Parents<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Parents::None => "None",
+            Parents::Unknown => "Unknown",
+            Parents::Later(_) => "Later",
+            Parents::Merged(_) => "Merged",
+        })
+    }
 }
 
 /// What came out of an archive.
@@ -61,6 +79,8 @@ pub struct Summary {
     pub leans_on_parents: bool,
     /// No entry replaced another, so the recipe gives the archive again.
     pub is_exact: bool,
+    /// How the blob was compressed, whatever its media type says.
+    pub compression: Compression,
 }
 
 /// Why a layer could not be unpacked.
@@ -80,13 +100,13 @@ pub enum UnpackError {
         /// What the decoder said.
         source: io::Error,
     },
-    /// The media type and the content disagree.
-    #[error("the layer's media type says {said}, its content is {found}")]
-    OtherCompression {
+    /// The content is none of what a layer can be.
+    #[error(
+        "the layer's media type says {said}, its content is neither gzip nor zstd nor a tar archive"
+    )]
+    NoFormat {
         /// By the media type.
         said: Compression,
-        /// By the first bytes.
-        found: Compression,
     },
     /// Bytes after the end of the compressed data.
     #[error("the layer goes on after the end of its {compression} data")]
@@ -247,7 +267,11 @@ pub fn unpack(
         while let Some(entry) = archive.next_entry()? {
             tree.write(&entry, &mut archive)?;
         }
-        tree.finish()
+        let summary = tree.finish()?;
+        Ok(Summary {
+            compression: source.compression(),
+            ..summary
+        })
     })?;
     if let Some(recipe) = Rc::into_inner(recipe) {
         recipe

@@ -16,6 +16,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 use support::*;
 
 fn base64(bytes: impl AsRef<[u8]>) -> String {
@@ -646,4 +647,70 @@ async fn pinned_images_are_shown_as_such() {
     assert!(node.service.find(&pulled.image_id).unwrap().pinned);
     let node = node.reopened();
     assert!(!node.service.find(&pulled.image_id).unwrap().pinned);
+}
+
+#[tokio::test]
+async fn a_token_service_that_wants_to_be_left_alone_is() {
+    let calls = AtomicUsize::new(0);
+    let busy = move |_: &Request, token: String| match calls.fetch_add(1, Ordering::SeqCst) {
+        0 | 2 => Reply::status(429).with("retry-after", "1"),
+        // Nearly over when it comes, so the next pull asks for another.
+        _ => given(token, 1),
+    };
+    let (registry, tokens) = token_registry(Picture::small("busy"), busy);
+    let node = Node::new();
+    let begun = Instant::now();
+    node.pull(&registry.reference()).await.unwrap();
+    let waited = begun.elapsed();
+    // Once for the challenge and once for the token that was to be renewed.
+    assert!(waited >= Duration::from_secs(2), "{waited:?}");
+    assert!(tokens.seen().len() >= 4);
+
+    let (registry, tokens) = token_registry(Picture::small("closed"), |_, _| {
+        Reply::status(429).with("retry-after", "3600")
+    });
+    let said = node.pull(&registry.reference()).await.unwrap_err();
+    assert!(chain(&*said).contains("status 429"), "{}", chain(&*said));
+    assert_eq!(tokens.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_token_request_is_redirected_on_its_own_host_only() {
+    let node = Node::new();
+    let moved = |request: &Request, token: String| {
+        assert_eq!(
+            request.header("authorization"),
+            format!("Basic {}", base64("berth:secret"))
+        );
+        match request.path() {
+            "/token" => Reply::status(307).with("location", "/new/token?moved=1"),
+            "/new/token" => given(token, 300),
+            other => panic!("{other}"),
+        }
+    };
+    let (registry, tokens) = token_registry(Picture::small("moved"), moved);
+    node.pull_as(&registry.reference(), Some(credentials()))
+        .await
+        .unwrap();
+    assert_eq!(tokens.seen().len(), 2);
+
+    let thief = Server::start(|_| given("t0".into(), 300));
+    let elsewhere = format!("http://{}/token", thief.address);
+    for (location, why, most) in [
+        (elsewhere.as_str(), "another host", 1),
+        ("/token", "too many", 6),
+        ("http://[", "no valid location", 1),
+    ] {
+        let location = location.to_owned();
+        let (registry, tokens) = token_registry(Picture::small("lost"), move |_, _| {
+            Reply::status(302).with("location", &*location)
+        });
+        for who in [None, Some(credentials())] {
+            let before = tokens.seen().len();
+            let said = node.pull_as(&registry.reference(), who).await.unwrap_err();
+            assert!(chain(&*said).contains(why), "{}", chain(&*said));
+            assert_eq!(tokens.seen().len() - before, most);
+        }
+    }
+    assert_eq!(thief.seen().len(), 0);
 }

@@ -3,6 +3,7 @@
 
 mod support;
 
+use berth_image_service::progress::Progress;
 use berth_image_service::registry::RegistryError;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -314,7 +315,8 @@ async fn retry_after_is_waited_for_in_seconds_and_as_a_date() {
         if form == "1" {
             assert!(waited >= Duration::from_secs(1), "{waited:?}");
         }
-        assert!(waited < Duration::from_secs(5), "{waited:?}");
+        // Not as long as is waited for at most, however busy the machine.
+        assert!(waited < Duration::from_secs(19), "{waited:?}");
     }
 }
 
@@ -325,26 +327,21 @@ async fn a_pull_that_failed_keeps_the_layers_it_verified() {
     let (served, broken) = (picture.clone(), Arc::new(AtomicUsize::new(1)));
     let is_broken = Arc::clone(&broken);
     let last = picture.layers[2].clone();
-    let (ended, counted) = (Arc::new(AtomicUsize::new(0)), picture.clone());
-    let done = Arc::clone(&ended);
+    let progress = Progress::new();
+    let seen = progress.clone();
     let server = Server::start(move |request| {
-        if is_layer(&counted, request) && !request.path().ends_with(&*last) {
-            done.fetch_add(1, Ordering::SeqCst);
-        }
         if request.path().ends_with(&*last) && is_broken.load(Ordering::SeqCst) == 1 {
-            // After the others, which are tiny.
-            wait_for("the other layers", || done.load(Ordering::SeqCst) == 2);
-            std::thread::sleep(Duration::from_millis(300));
+            wait_for("the other layers", || seen.layers() == 2);
             return Reply::status(404);
         }
         serve(&served, request)
     });
     let node = Node::new();
-    assert!(
-        node.refused(&server.reference())
-            .await
-            .contains("not found")
-    );
+    let reference = server.reference();
+    let pull = node.service.pull(&reference, None, &progress);
+    let error = pull.await.expect_err("a layer is missing");
+    assert!(chain(&*error).contains("not found"));
+    assert_eq!(node.service.list(), Vec::new());
     broken.store(0, Ordering::SeqCst);
     let before = server.seen().len();
     node.pull(&server.reference()).await.unwrap();

@@ -461,3 +461,40 @@ async fn the_first_bad_layer_ends_the_pull_of_all() {
     );
     nothing_unpacked(&node);
 }
+
+#[tokio::test]
+async fn a_layer_that_says_it_is_too_large_is_refused_before_its_first_byte() {
+    let tars = [
+        tar_of(&[("small", b"s")]),
+        tar_of(&[("large", &noise(1, 100_000))]),
+    ];
+    let picture = Picture::of(&tars, "gzip", json!({}));
+    let server = Server::of(picture.clone());
+    let node = Node::with(|settings| settings.max_layer_bytes = Some(50_000));
+    let said = node.refused(&server.reference()).await;
+    assert!(said.contains("larger than 50000 bytes"), "{said}");
+    assert!(said.contains(&picture.layers[1]), "{said}");
+    assert_eq!(server.count(|request| is_layer(&picture, request)), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registry_as_slow_as_it_may_be_holds_up_no_other_pull() {
+    let slow = Picture::small("slow");
+    let server = with_layer(&slow, |_, mut reply| {
+        reply.trickle = Some((1, Duration::from_millis(200)));
+        reply
+    });
+    let node = Node::with(|settings| settings.max_layers = 1);
+    let progress = berth_image_service::progress::Progress::new();
+    let (service, reference, seen) = (node.service.clone(), server.reference(), progress.clone());
+    let pull = tokio::spawn(async move { service.pull(&reference, None, &seen).await.map(drop) });
+    while progress.bytes() == 0 {
+        assert!(!pull.is_finished());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let tars: Vec<Vec<u8>> = (0..3).map(|n| tar_of(&[("n", &[n])])).collect();
+    let quick = Server::of(Picture::of(&tars, "gzip", json!({})));
+    node.pull(&quick.reference()).await.unwrap();
+    assert!(!pull.is_finished(), "the slow one was not slow");
+    assert!(progress.bytes() < progress.bytes_total());
+}

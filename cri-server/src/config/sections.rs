@@ -237,7 +237,8 @@ sections! {
         max_parallel_pulls: u32 = 16;
         /// Layers of one image fetched at the same time. Unit: layers, at least 1.
         max_parallel_downloads: u32 = 3;
-        /// Layers fetched at the same time by all pulls together. Unit: layers, at least 1.
+        /// Layers fetched at the same time by all pulls together; each pull may fetch one beyond
+        /// them, so that a slow registry holds up nobody else. Unit: layers, at least 1.
         max_parallel_layers: u32 = 8;
         /// A download that brings less than this, measured over 30 seconds of waiting for the
         /// network, is given up or goes on at the next host. Unit: bytes per second. 0: never.

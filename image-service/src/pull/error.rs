@@ -158,7 +158,7 @@ pub(crate) fn unpack_kind(error: &UnpackError) -> Kind {
     match error {
         UnpackError::Read { .. }
         | UnpackError::Decompress { .. }
-        | UnpackError::OtherCompression { .. }
+        | UnpackError::NoFormat { .. }
         | UnpackError::TrailingBytes { .. }
         | UnpackError::Truncated { .. }
         | UnpackError::TooLarge { .. }

@@ -5,15 +5,23 @@
 //! The network's side is async and continues by itself where a connection or a host fails; the
 //! other is one blocking thread for each layer. The channel between them bounds what a layer has
 //! in memory.
+//!
+//! A layer that turns out to lean on its parents (an entry without its parent directories, a hard
+//! link to below) while they are not all here holds its stream at that entry: the channel fills,
+//! the connection is no longer read, and goes on when the parents of this image are unpacked. A
+//! connection that the registry closes meanwhile continues where it was. Who holds takes no
+//! permit, and no longer the flight of its diff ID but that of its chain ID, so it waits only for
+//! shorter chains, and whoever fetches those waits for still shorter ones: there is no circle,
+//! also not over several pulls.
 
 use super::chunks::{Chunk, Chunks, Judged};
 use super::error::unpack_kind;
 use super::{CHUNKS_AHEAD, Described, Earlier, Fetched, Job, Kind, PullError};
 use crate::content::VerifyingReader;
 use crate::digest::Digest;
-use crate::flight::Boarding;
+use crate::flight::{Boarding, Flight};
 use crate::image::ImageRecord;
-use crate::layer::{Ingest, LayerId, LayerInfo, Lease};
+use crate::layer::{Ingest, LayerId, LayerInfo, Lease, WaitForParents, chain_id};
 use crate::manifest::{Descriptor, LayerPacking, Manifest};
 use crate::progress::Stage;
 use crate::registry::{Blob, RegistryError, Turn};
@@ -22,8 +30,20 @@ use berth_store::crash;
 use futures_util::StreamExt;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{SemaphorePermit, mpsc, oneshot, watch};
+
+/// The diff IDs of an image whose layers are here or will not come before the others are done.
+type Settled = watch::Sender<BTreeSet<Digest>>;
+
+/// What a layer holds while it is fetched.
+struct Hold<'a> {
+    by_diff_id: Option<Flight<Digest>>,
+    /// Once it turned out to lean.
+    by_chain: Option<Flight<Digest>>,
+    permit: Option<SemaphorePermit<'a>>,
+}
 
 /// One distinct layer to fetch.
 struct Wanted {
@@ -57,6 +77,19 @@ impl Job {
                 below
             });
         }
+        // What is larger as it is sent is larger still when it is unpacked. Not a byte of any
+        // layer is fetched then.
+        if let Some(limit_bytes) = self.max_layer_bytes
+            && let Some(layer) = wanted
+                .iter()
+                .find(|layer| layer.descriptor.size > limit_bytes)
+        {
+            return Err(PullError::Unpack {
+                image: self.image(),
+                layer: layer.descriptor.digest.clone(),
+                source: UnpackError::TooLarge { limit_bytes },
+            });
+        }
         let missing = wanted
             .iter()
             .map(|layer| (layer.descriptor.digest.clone(), layer.descriptor.size));
@@ -64,7 +97,11 @@ impl Job {
         for _ in wanted.len()..asked.len() {
             self.progress.layer_done();
         }
-        self.fetch_layers(&lease, wanted).await?;
+        let mut settled: BTreeSet<Digest> = diff_ids.iter().cloned().collect();
+        for layer in &wanted {
+            settled.retain(|diff_id| layer.diff_ids.last() != Some(diff_id));
+        }
+        self.fetch_layers(&lease, wanted, settled).await?;
         let layers = self.fetch_leaning(&lease, manifest, diff_ids).await?;
         self.progress.enter(Stage::Sync);
         crash::point("pull_image.before_sync");
@@ -98,17 +135,27 @@ impl Job {
         })
     }
 
-    /// All of `wanted`, some at a time, but those that turn out to lean on their parents. After
-    /// the first failure the others stop, and none is under way any more when this returns.
+    /// All of `wanted`, some at a time, the lowest first; but those that lean on a layer that is
+    /// several times in the image, and leans itself. After the first failure the others stop,
+    /// also those that wait for it, and none is under way any more when this returns.
     async fn fetch_layers(
         self: &Arc<Self>,
         lease: &Arc<Lease>,
         wanted: Vec<Wanted>,
+        settled: BTreeSet<Digest>,
     ) -> Result<(), PullError> {
         let (stop, stopped) = watch::channel(false);
+        let settled = Arc::new(watch::Sender::new(settled));
         let downloads = wanted.into_iter().map(|layer| {
             let (job, lease, stopped) = (Arc::clone(self), Arc::clone(lease), stopped.clone());
-            async move { job.fetch_layer(lease, &layer, stopped).await }
+            let settled = Arc::clone(&settled);
+            async move {
+                let fetched = job
+                    .fetch_layer(lease, &layer, Some(&*settled), stopped)
+                    .await;
+                settled.send_modify(|settled| settled.extend(layer.diff_ids.last().cloned()));
+                fetched
+            }
         });
         let mut downloads =
             futures_util::stream::iter(downloads).buffer_unordered(self.max_layer_downloads.max(1));
@@ -153,7 +200,8 @@ impl Job {
                     let below = layers.iter().map(|info| info.id.clone()).collect();
                     let layer = wanted_layer(manifest, diff_ids, nth, Some(below));
                     let lease = Arc::clone(lease);
-                    let info = self.fetch_layer(lease, &layer, stopped.clone()).await?;
+                    let fetched = self.fetch_layer(lease, &layer, None, stopped.clone());
+                    let info = fetched.await?;
                     self.progress.layer_done();
                     info
                 }
@@ -164,33 +212,43 @@ impl Job {
     }
 
     /// One layer, unless it is here or becomes so meanwhile: only one pull at a time fetches it.
+    /// With `settled`, one that leans waits for the layers below it.
     async fn fetch_layer(
         &self,
         lease: Arc<Lease>,
         layer: &Wanted,
+        settled: Option<&Settled>,
         mut stopped: watch::Receiver<bool>,
     ) -> Result<LayerInfo, PullError> {
         let what = format!("layer {}", layer.descriptor.digest);
-        let Some(diff_id) = layer.diff_ids.last() else {
+        let (Some(diff_id), Some(chain_id)) = (layer.diff_ids.last(), chain_id(&layer.diff_ids))
+        else {
             return Err(self.aborted());
         };
-        let _flight = loop {
-            match self.shared.layers.board(diff_id) {
-                Boarding::Lead(flight) => break flight,
-                Boarding::Wait(other) => tokio::select! {
-                    () = other.landed() => {}
-                    () = told_to_stop(&mut stopped) => return Err(self.aborted()),
+        let mut hold = loop {
+            let other = match self.shared.layers.board(diff_id) {
+                // One that leans takes this flight before it gives up the other.
+                Boarding::Lead(flight) => match self.shared.leaning.running(&chain_id) {
+                    Some(other) => other,
+                    None => {
+                        break Hold {
+                            by_diff_id: Some(flight),
+                            by_chain: None,
+                            permit: None,
+                        };
+                    }
                 },
+                Boarding::Wait(other) => other,
+            };
+            tokio::select! {
+                () = other.landed() => {}
+                () = told_to_stop(&mut stopped) => return Err(self.aborted()),
             }
         };
         if let Some(info) = self.layers.find(&lease, &layer.diff_ids) {
             self.progress.found_here(&layer.descriptor.digest);
             return Ok(info);
         }
-        let _permit = tokio::select! {
-            permit = self.shared.layer_permits.acquire() => permit,
-            () = told_to_stop(&mut stopped) => return Err(self.aborted()),
-        };
         let hosts = self
             .registry
             .pullers()
@@ -201,7 +259,14 @@ impl Job {
             if *stopped.borrow() {
                 return Err(self.aborted());
             }
-            let fetched = self.fetch_layer_from(&hosts, &what, &lease, layer, &mut stopped);
+            if hold.permit.is_none() {
+                hold.permit = tokio::select! {
+                    permit = self.permit() => permit,
+                    () = told_to_stop(&mut stopped) => return Err(self.aborted()),
+                };
+            }
+            let to = (layer, settled, &mut hold);
+            let fetched = self.fetch_layer_from(&hosts, &what, &lease, to, &mut stopped);
             let failed = match fetched.await {
                 Ok(info) => return Ok(info),
                 Err(failed) => failed,
@@ -223,12 +288,12 @@ impl Job {
         Err(self.aborted())
     }
 
-    async fn fetch_layer_from(
-        &self,
+    async fn fetch_layer_from<'a>(
+        &'a self,
         hosts: &[Turn],
         what: &str,
         lease: &Arc<Lease>,
-        layer: &Wanted,
+        (layer, settled, hold): (&Wanted, Option<&Settled>, &mut Hold<'a>),
         stopped: &mut watch::Receiver<bool>,
     ) -> Result<LayerInfo, Failed> {
         let Descriptor { digest, size, .. } = &layer.descriptor;
@@ -239,7 +304,9 @@ impl Job {
             inner: VerifyingReader::new(Chunks::new(begin, received), digest, *size),
             verdict: Arc::clone(&verdict),
         };
-        let (store, lease) = (self.layers.clone(), Arc::clone(lease));
+        let (ask, asked) = oneshot::channel();
+        let ask = settled.map(|_| Mutex::new(Some(ask)));
+        let (store, lease_there) = (self.layers.clone(), Arc::clone(lease));
         let (diff_ids, parents) = (layer.diff_ids.clone(), layer.parents.clone());
         let (compression, limit_bytes) = (layer.compression, self.max_layer_bytes);
         let unpacking = tokio::task::spawn_blocking(move || {
@@ -249,7 +316,9 @@ impl Job {
                 compression,
                 limit_bytes,
             };
-            let unpacked = store.unpack(&lease, ingest, &mut reader);
+            let wait = ask.map(|ask| move || ask_for_parents(&ask));
+            let wait = wait.as_ref().map(|wait| wait as &WaitForParents<'_>);
+            let unpacked = store.unpack_waiting(&lease_there, ingest, wait, &mut reader);
             if unpacked.as_ref().is_err_and(is_of_the_content) {
                 // Only the end of the blob tells whether the image or the host is to blame.
                 let _ = io::copy(&mut reader, &mut io::sink());
@@ -257,11 +326,26 @@ impl Job {
             unpacked
         });
         let mut blob = self.registry.blob(hosts, digest, *size);
-        // Until the first read it may turn out that another pull unpacks the same layer.
-        let sent = match begun.await {
-            Ok(()) => self.pass_on(&mut blob, digest, &chunks, stopped).await,
-            Err(_) => Ok(0),
+        let mut told = stopped.clone();
+        let lent = async {
+            // Also over when the other end is done without having asked.
+            if let (Ok(answer), Some(settled)) = (asked.await, settled) {
+                let lent = self.lend_parents(lease, layer, settled, hold);
+                let lent = tokio::select! {
+                    lent = lent => lent,
+                    () = told_to_stop(&mut told) => None,
+                };
+                let _ = answer.send(lent);
+            }
         };
+        let passed = async {
+            // Until the first read it may turn out that another pull unpacks the same layer.
+            match begun.await {
+                Ok(()) => self.pass_on(&mut blob, digest, &chunks, stopped).await,
+                Err(_) => Ok(0),
+            }
+        };
+        let sent = both(passed, lent).await;
         // Dropped only now: without the end mark the reader fails, and the store commits nothing.
         drop(chunks);
         let failed = |error| Failed {
@@ -298,6 +382,59 @@ impl Job {
         Err(failed(error))
     }
 
+    /// One of all pulls' layers at a time, or else this pull's own.
+    async fn permit(&self) -> Option<SemaphorePermit<'_>> {
+        tokio::select! {
+            biased;
+            permit = self.shared.layer_permits.acquire() => permit.ok(),
+            permit = self.own_permit.acquire() => permit.ok(),
+        }
+    }
+
+    /// The layers below `layer`, lowest first, once all of them are here; `None` where they will
+    /// not be while it waits, or it is here itself. Holds no permit meanwhile, only the flight of
+    /// the chain ID, see the module.
+    async fn lend_parents<'a>(
+        &'a self,
+        lease: &Lease,
+        layer: &Wanted,
+        settled: &Settled,
+        hold: &mut Hold<'a>,
+    ) -> Option<Vec<LayerId>> {
+        let chain_id = chain_id(&layer.diff_ids)?;
+        hold.permit = None;
+        while hold.by_chain.is_none() {
+            match self.shared.leaning.board(&chain_id) {
+                Boarding::Lead(flight) => hold.by_chain = Some(flight),
+                Boarding::Wait(other) => {
+                    hold.by_diff_id = None;
+                    other.landed().await;
+                }
+            }
+        }
+        hold.by_diff_id = None;
+        if self.layers.find(lease, &layer.diff_ids).is_some() {
+            return None;
+        }
+        let mut settled = settled.subscribe();
+        let mut below = Vec::new();
+        for nth in 0..layer.diff_ids.len() - 1 {
+            loop {
+                let is_settled = settled.borrow_and_update().contains(&layer.diff_ids[nth]);
+                if let Some(info) = self.layers.find(lease, &layer.diff_ids[..=nth]) {
+                    below.push(info.id);
+                    break;
+                }
+                if is_settled {
+                    return None;
+                }
+                settled.changed().await.ok()?;
+            }
+        }
+        hold.permit = self.permit().await;
+        Some(below)
+    }
+
     /// Downloads a blob and sends it to its reader; gives the bytes sent, on failure with the
     /// reason unless it was told to stop.
     async fn pass_on(
@@ -328,6 +465,40 @@ impl Job {
             }
             bytes += count;
             self.progress.received(digest, count);
+        }
+    }
+}
+
+/// What the unpacking of a layer gets that needs its parents.
+type Lent = Option<Vec<LayerId>>;
+
+/// The blocking end of `lend_parents`.
+fn ask_for_parents(
+    ask: &Mutex<Option<oneshot::Sender<oneshot::Sender<Lent>>>>,
+) -> Result<Vec<LayerId>, UnpackError> {
+    let (answer, answered) = oneshot::channel();
+    let ask = ask.lock().unwrap_or_else(PoisonError::into_inner).take();
+    ask.and_then(|ask| ask.send(answer).ok())
+        .and_then(|()| answered.blocking_recv().ok().flatten())
+        .ok_or(UnpackError::LeansOnParents)
+}
+
+/// What `passed` gives; `lent` is given up where that failed, and else brought to its end.
+async fn both<T, E>(
+    passed: impl Future<Output = Result<T, E>>,
+    lent: impl Future<Output = ()>,
+) -> Result<T, E> {
+    let (mut passed, mut lent) = (pin!(passed), pin!(lent));
+    let mut is_lent = false;
+    loop {
+        tokio::select! {
+            passed = &mut passed => {
+                if passed.is_ok() && !is_lent {
+                    lent.await;
+                }
+                return passed;
+            }
+            () = &mut lent, if !is_lent => is_lent = true,
         }
     }
 }

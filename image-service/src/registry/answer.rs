@@ -2,9 +2,9 @@
 
 use super::error::{Detail, Place, RegistryError};
 use crate::retry;
-use http::{StatusCode, header};
+use http::StatusCode;
 use reqwest::Response;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// How much of an error's body is read, in bytes.
 const MAX_ERROR_BYTES: usize = 8 << 10;
@@ -18,11 +18,7 @@ pub(crate) async fn checked(response: Response) -> Result<Response, RegistryErro
         return Ok(response);
     }
     let place = Place::of(response.url());
-    let retry_after = response
-        .headers()
-        .get(header::RETRY_AFTER)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|text| retry::retry_after(text, SystemTime::now()));
+    let retry_after = retry::retry_after_of(&response);
     let detail = detail(response).await;
     Err(match status {
         StatusCode::UNAUTHORIZED => RegistryError::Unauthorized {

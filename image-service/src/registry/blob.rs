@@ -9,7 +9,7 @@
 //! Source: RFC 9110, 14 (range requests).
 
 use super::request::Ask;
-use super::{Place, Registry, RegistryError, Turn};
+use super::{Place, Registry, RegistryError, Timeouts, Turn};
 use crate::digest::Digest;
 use crate::retry;
 use bytes::Bytes;
@@ -67,7 +67,7 @@ impl Registry {
             breaks: 0,
             fruitless: 0,
             stalls: 0,
-            rate: Rate::new(timeouts.rate_window, timeouts.min_rate),
+            rate: Rate::new(timeouts),
             response: None,
             ended: false,
             senders: BTreeSet::new(),
@@ -194,6 +194,7 @@ impl Blob {
             }
         }
         self.begun_at = self.seen;
+        self.rate.quiet = Duration::ZERO;
         self.rate.begin();
         Ok(())
     }
@@ -242,8 +243,12 @@ impl Blob {
     }
 }
 
-/// How much comes in how much waiting.
+/// How much comes in how much waiting. Only waiting for the network counts: a layer may well not
+/// be read for minutes, because its parents come first or the disk is slow.
 struct Rate {
+    no_progress: Duration,
+    /// Since the last bytes.
+    quiet: Duration,
     window: Duration,
     min_bytes: u64,
     waited: Duration,
@@ -251,10 +256,13 @@ struct Rate {
 }
 
 impl Rate {
-    fn new(window: Duration, min_rate: u64) -> Rate {
+    fn new(timeouts: Timeouts) -> Rate {
+        let window = timeouts.rate_window;
         Rate {
+            no_progress: timeouts.no_progress,
+            quiet: Duration::ZERO,
             window,
-            min_bytes: (min_rate as f64 * window.as_secs_f64()) as u64,
+            min_bytes: (timeouts.min_rate as f64 * window.as_secs_f64()) as u64,
             waited: Duration::ZERO,
             bytes: 0,
         }
@@ -272,8 +280,13 @@ impl Rate {
         loop {
             let begun = Instant::now();
             let left = self.window.saturating_sub(self.waited);
-            let next = tokio::time::timeout(left, response.chunk()).await;
+            let patience = left.min(self.no_progress.saturating_sub(self.quiet));
+            let next = tokio::time::timeout(patience, response.chunk()).await;
             self.waited += begun.elapsed();
+            self.quiet = match next {
+                Ok(_) => Duration::ZERO,
+                Err(_) => self.quiet + begun.elapsed(),
+            };
             let over = self.waited >= self.window;
             match next {
                 Ok(Ok(Some(bytes))) => {
@@ -285,6 +298,12 @@ impl Rate {
                 }
                 Ok(Ok(None)) => return Ok(None),
                 Ok(Err(error)) => return Err(RegistryError::transport(place.clone(), error)),
+                Err(_) if self.quiet >= self.no_progress => {
+                    return Err(RegistryError::Stalled {
+                        place: place.clone(),
+                        source: None,
+                    });
+                }
                 Err(_) if self.bytes >= self.min_bytes => self.begin(),
                 Err(_) => {
                     return Err(RegistryError::Slow {

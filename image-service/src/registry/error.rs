@@ -124,8 +124,8 @@ pub enum RegistryError {
     Stalled {
         /// What was asked.
         place: Place,
-        /// What went wrong.
-        source: reqwest::Error,
+        /// What went wrong, where it was not our patience that ended.
+        source: Option<reqwest::Error>,
     },
     /// Larger than is taken.
     #[error("{place}: larger than {limit_bytes} bytes")]
@@ -261,7 +261,23 @@ impl RegistryError {
         match self {
             RegistryError::TooManyRequests { retry_after, .. }
             | RegistryError::Server { retry_after, .. } => *retry_after,
+            RegistryError::Unauthorized { source, .. } => source.as_ref()?.retry_after(),
             _ => None,
+        }
+    }
+
+    /// What `answer` gives, for as long as `patience` lasts.
+    pub(crate) async fn within<T>(
+        patience: Duration,
+        place: &Place,
+        answer: impl Future<Output = Result<T, reqwest::Error>>,
+    ) -> Result<T, RegistryError> {
+        match tokio::time::timeout(patience, answer).await {
+            Ok(answer) => answer.map_err(|error| RegistryError::transport(place.clone(), error)),
+            Err(_) => Err(RegistryError::Stalled {
+                place: place.clone(),
+                source: None,
+            }),
         }
     }
 
@@ -271,6 +287,7 @@ impl RegistryError {
             return if source.is_connect() {
                 RegistryError::Unreachable { place, source }
             } else {
+                let source = Some(source);
                 RegistryError::Stalled { place, source }
             };
         }

@@ -63,8 +63,19 @@ impl Registry {
         }
         let (mut known, to_come) = endpoint.authorizer.known();
         if known.is_none() && !to_come.is_empty() {
-            // What cannot be answered now is told when the registry asks.
-            known = self.answer(endpoint, &to_come, None).await?.ok();
+            match self.answer(endpoint, &to_come, None).await? {
+                Ok(answer) => known = Some(answer),
+                // Who wants to be left alone is not asked again behind the registry's answer.
+                Err(source) if source.is_busy() => {
+                    return Err(RegistryError::Unauthorized {
+                        place: Place::of(&url),
+                        detail: Default::default(),
+                        source: Some(source),
+                    });
+                }
+                // What cannot be answered now is told when the registry asks.
+                Err(_) => {}
+            }
         }
         let (response, at_home) = self.follow(endpoint, ask, &url, known.as_ref()).await?;
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
@@ -146,12 +157,12 @@ impl Registry {
                 headers.insert(header::RANGE, range);
             }
             let client = self.client(endpoint, url.scheme()).await?;
-            let response = client
+            let request = client
                 .request(ask.method.clone(), url.clone())
                 .headers(headers)
-                .send()
-                .await
-                .map_err(|error| RegistryError::transport(Place::of(&url), error))?;
+                .send();
+            let patience = self.shared.timeouts.no_progress;
+            let response = RegistryError::within(patience, &Place::of(&url), request).await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at_home));
             }

@@ -7,7 +7,7 @@ use crate::digest::Digest;
 use crate::image::Image;
 use crate::policy::{Policy, PolicyError, Signature};
 use crate::progress::{Progress, Stage};
-use crate::pull::{Job, PullError};
+use crate::pull::{Job, PullError, own_layer};
 use crate::reference::Reference;
 use crate::registries_conf;
 use crate::registry::{Registries, RegistryError};
@@ -250,6 +250,7 @@ impl Flight {
             layers: service.layers.clone(),
             machine: service.machine.clone(),
             max_layer_downloads: service.settings.max_layer_downloads,
+            own_permit: own_layer(),
             max_layer_bytes: service.settings.max_layer_bytes,
             progress: self.progress.clone(),
         });

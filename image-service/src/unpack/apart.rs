@@ -7,8 +7,10 @@
 //!   order, descriptors of the empty layer ────>   enters the cgroup, has no thread before
 //!   u32 length | bytes of the blob, ... 0 ────>   decompress, hash, write, note the recipe
 //!   <──────────────────────────────────────────   summary and diff ID, or the error; ends
+//!
+//!   <── needs the layers below ── over a second socket ── their view, once they are here ──>
 //! ```
-//! All of it goes over one socket. The blob stays compressed on the way: decoders of strangers'
+//! All but the last goes over one socket. The blob stays compressed on the way: decoders of strangers'
 //! data run in the writer, too. A blob whose reader fails has no end mark, and nothing that was
 //! made of it counts. The writer ends when the daemon does, whatever it is doing; the daemon
 //! returns only when the writer has ended, so that nobody writes any more into what is removed.
@@ -31,7 +33,7 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Read, Write as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
@@ -46,6 +48,18 @@ const LENGTH_BYTES: usize = 4;
 const ANSWER: Bounds = Bounds {
     frame_bytes: 256 << 10,
     fds: 0,
+};
+
+/// What a writer sends that needs the layers below.
+const ASK: &[u8] = b"parents";
+const ASKED: Bounds = Bounds {
+    frame_bytes: 64,
+    fds: 0,
+};
+/// What it gets: the descriptor of their merged view.
+const VIEW: Bounds = Bounds {
+    frame_bytes: 64,
+    fds: 1,
 };
 
 /// Any error of a [`Place`].
@@ -148,6 +162,7 @@ struct Order {
 enum Below {
     None,
     Unknown,
+    Later,
     Merged,
 }
 
@@ -198,29 +213,47 @@ impl Writers {
             below: match layer.parents {
                 super::Parents::None => Below::None,
                 super::Parents::Unknown => Below::Unknown,
+                super::Parents::Later(_) => Below::Later,
                 super::Parents::Merged(_) => Below::Merged,
             },
         };
         let mut fds = vec![layer.root, attic, layer.recipe];
-        if let super::Parents::Merged(view) = layer.parents {
-            fds.push(view);
+        let spawn = |source| ApartError::Spawn { source };
+        let mut asking = None;
+        match layer.parents {
+            super::Parents::None | super::Parents::Unknown => {}
+            super::Parents::Merged(view) => fds.push(view),
+            super::Parents::Later(wait) => {
+                let (ours, theirs) = UnixStream::pair().map_err(spawn)?;
+                asking = Some((ours, theirs, wait));
+            }
+        }
+        if let Some((_, theirs, _)) = &asking {
+            fds.push(theirs.as_fd());
         }
         let order = serde_json::to_vec(&order).map_err(|source| ApartError::Language { source })?;
         if let Err(source) = wire::send_frame(&writer.socket, &order, &fds) {
             return Err(writer.failed(source).into());
         }
-        writer
-            .send(&mut blob)
-            .map_err(|source| UnpackError::Read { source })?;
-        match writer.answer()? {
-            Outcome::Done { summary, digest } => Ok((summary, digest)),
-            Outcome::Failed(Said::Notes { errno }) => Err(UnpackError::Store {
-                action: "read",
-                path: layer.root_path.to_owned(),
-                source: Errno::from_raw_os_error(errno),
-            }),
-            Outcome::Failed(said) => Err(said.into()),
-        }
+        let Some((ours, theirs, wait)) = asking else {
+            return outcome(writer, &mut blob, layer);
+        };
+        drop(theirs);
+        // The thread ends with the writer, which is gone whichever way this returns.
+        std::thread::scope(|scope| {
+            let lending = std::thread::Builder::new()
+                .name("layer-parents".into())
+                .stack_size(256 << 10)
+                .spawn_scoped(scope, || lend(&ours, wait))
+                .map_err(spawn)?;
+            let outcome = outcome(writer, &mut blob, layer);
+            let lent = lending.join().unwrap_or(Ok(()));
+            match outcome {
+                // The writer knows only that there are none.
+                Err(UnpackError::LeansOnParents) => lent.and(Err(UnpackError::LeansOnParents)),
+                other => other,
+            }
+        })
     }
 
     /// A process in its place, that waits for its order; and by which files it has to enter.
@@ -245,6 +278,42 @@ impl Writers {
             .map_err(|source| ApartError::Admit { source })?;
         Ok((writer, enter))
     }
+}
+
+/// Passes the blob on and takes the answer.
+fn outcome(
+    writer: Writer,
+    blob: &mut impl Read,
+    layer: &Layer<'_>,
+) -> Result<(Summary, Digest), UnpackError> {
+    writer
+        .send(blob)
+        .map_err(|source| UnpackError::Read { source })?;
+    match writer.answer()? {
+        Outcome::Done { summary, digest } => Ok((summary, digest)),
+        Outcome::Failed(Said::Notes { errno }) => Err(UnpackError::Store {
+            action: "read",
+            path: layer.root_path.to_owned(),
+            source: Errno::from_raw_os_error(errno),
+        }),
+        Outcome::Failed(said) => Err(said.into()),
+    }
+}
+
+/// Gives the writer the view of the layers below if it asks for it.
+fn lend(socket: &UnixStream, wait: &super::Wait<'_>) -> Result<(), UnpackError> {
+    // One that closes, or says what it should not, gets none.
+    let Ok(Received::Frame(_)) = FrameReader::new(ASKED).read(socket) else {
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+        return Ok(());
+    };
+    let view = wait();
+    if let Ok(view) = &view {
+        // To one that is gone it does not matter.
+        let _ = wire::send_frame(socket, b"view", &[view.as_fd()]);
+    }
+    let _ = socket.shutdown(std::net::Shutdown::Both);
+    view.map(drop)
 }
 
 /// A running one; killed and waited for when dropped.

@@ -353,6 +353,14 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
         .map_or(bytes, |end| &bytes[..end])
 }
 
+/// Whether a block is a header, or one of the end marker.
+pub(super) fn is_header(block: &[u8]) -> bool {
+    <&[u8; BLOCK]>::try_from(block).is_ok_and(|block| {
+        let header = Header { block, offset: 0 };
+        block.iter().all(|&b| b == 0) || header.verify_checksum().is_ok()
+    })
+}
+
 struct Header<'a> {
     block: &'a [u8; BLOCK],
     offset: u64,

@@ -31,9 +31,16 @@ const BLOCKS_AHEAD: usize = 3;
 /// itself takes without `--long`. More would let a layer choose our memory.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
-/// How a layer's archive is compressed, as its media type says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a blob may have beyond the bound on the archive: data that cannot be compressed grows a
+/// little. Less than a deflate block's head for every 16 KiB of the largest bound, and no matter.
+const INPUT_SLACK: u64 = 1 << 20;
+/// A tar header.
+const TAR_BLOCK: usize = 512;
+
+/// How a layer's archive is compressed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Compression {
+    #[default]
     /// A plain tar archive.
     None,
     /// gzip, one member or several.
@@ -70,28 +77,33 @@ impl fmt::Display for Compression {
 /// Reads `blob` to its end and lets `consume` see it uncompressed, in order; gives what
 /// `consume` gave and the digest of the whole uncompressed archive.
 ///
-/// Refuses a blob that is compressed otherwise than `compression` says, one that goes on after
-/// its compressed data, and more than `limit_bytes` uncompressed. What follows the archive's end
-/// marker counts into the digest and is otherwise of no interest, as in every tar reader.
+/// The blob's first bytes decide over how it is compressed; `said` is what its media type says,
+/// which builders get wrong, and serves for errors. The digest protects from what matters.
+/// Refuses a blob that goes on after its compressed data, and one with more than `limit_bytes`,
+/// before or after decompression: also compressed data that never becomes anything has an end.
+/// What follows the archive's end marker counts into the digest and is otherwise of no interest,
+/// as in every tar reader.
+/// Source: containerd and CRI-O look at the first bytes, too.
 ///
 /// # Errors
-/// Those of `consume`; `Read`, `Decompress`, `OtherCompression`, `TrailingBytes`, `TooLarge`,
+/// Those of `consume`; `Read`, `Decompress`, `NoFormat`, `TrailingBytes`, `TooLarge`,
 /// `Truncated`.
 pub fn read<T>(
     blob: impl Read + Send,
-    compression: Compression,
+    said: Compression,
     algorithm: Algorithm,
     limit_bytes: Option<u64>,
     consume: impl FnOnce(&mut Source) -> Result<T, UnpackError>,
 ) -> Result<(T, Digest), UnpackError> {
-    let mut decode = Decode::open(blob, compression, limit_bytes)?;
+    let mut decode = Decode::open(blob, said, limit_bytes)?;
+    let compression = decode.compression;
     let mut first = Block::new();
     let more = decode.fill(&mut first)?;
     let mut hasher = Hasher::new(algorithm);
     if !more {
         decode.end()?;
         hasher.update(first.bytes());
-        let mut source = Source::new(Some(Arc::new(first)), None);
+        let mut source = Source::new(compression, Some(Arc::new(first)), None);
         let consumed = consume(&mut source)?;
         source.drain()?;
         return Ok((consumed, hasher.finish()));
@@ -119,6 +131,7 @@ pub fn read<T>(
             })
             .map_err(cannot)?;
         let mut source = Source::new(
+            compression,
             None,
             Some(Feed {
                 blocks: archive_blocks,
@@ -133,6 +146,14 @@ pub fn read<T>(
         })?;
         Ok((consumed, digest))
     })
+}
+
+/// A tar header that says so or whose checksum is right, or the end marker of an empty archive.
+fn looks_like_tar(start: &[u8]) -> bool {
+    let Some(block) = start.get(..TAR_BLOCK) else {
+        return false;
+    };
+    block[257..262] == *b"ustar" || super::archive::is_header(block)
 }
 
 /// Uncompressed bytes.
@@ -158,6 +179,10 @@ impl Block {
 struct Tap<R> {
     reader: R,
     failed: Arc<AtomicBool>,
+    /// What may still come, in bytes.
+    left: u64,
+    /// More came.
+    too_large: Arc<AtomicBool>,
 }
 
 impl<R: Read> Read for Tap<R> {
@@ -169,7 +194,14 @@ impl<R: Read> Read for Tap<R> {
                     self.failed.store(true, Ordering::Relaxed);
                     return Err(error);
                 }
-                Ok(count) => return Ok(count),
+                Ok(count) => {
+                    let Some(left) = self.left.checked_sub(count as u64) else {
+                        self.too_large.store(true, Ordering::Relaxed);
+                        return Err(io::Error::other("the blob is too large"));
+                    };
+                    self.left = left;
+                    return Ok(count);
+                }
             }
         }
     }
@@ -188,6 +220,7 @@ struct Decode<R: Read> {
     decoder: Decoder<R>,
     compression: Compression,
     failed: Arc<AtomicBool>,
+    too_large: Arc<AtomicBool>,
     produced: u64,
     limit_bytes: Option<u64>,
 }
@@ -195,28 +228,29 @@ struct Decode<R: Read> {
 impl<R: Read> Decode<R> {
     fn open(
         reader: R,
-        compression: Compression,
+        said: Compression,
         limit_bytes: Option<u64>,
     ) -> Result<Decode<R>, UnpackError> {
-        let failed = Arc::new(AtomicBool::new(false));
+        let (failed, too_large) = (Arc::default(), Arc::default());
         let mut tap = Tap {
             reader,
             failed: Arc::clone(&failed),
+            left: limit_bytes.map_or(u64::MAX, |limit| limit.saturating_add(INPUT_SLACK)),
+            too_large: Arc::clone(&too_large),
         };
-        let mut start = Vec::with_capacity(4);
+        let mut start = Vec::with_capacity(TAR_BLOCK);
         (&mut tap)
-            .take(4)
+            .take(TAR_BLOCK as u64)
             .read_to_end(&mut start)
             .map_err(|source| UnpackError::Read { source })?;
-        let found = Compression::of_magic(&start);
-        if found != compression {
-            if compression != Compression::None && start.is_empty() {
+        let compression = Compression::of_magic(&start);
+        if compression == Compression::None && said != Compression::None {
+            if start.is_empty() {
                 return Err(UnpackError::Truncated { offset: 0 });
             }
-            return Err(UnpackError::OtherCompression {
-                said: compression,
-                found,
-            });
+            if !looks_like_tar(&start) {
+                return Err(UnpackError::NoFormat { said });
+            }
         }
         let input = BufReader::with_capacity(INPUT_BYTES, Cursor::new(start).chain(tap));
         let decoder = match compression {
@@ -239,6 +273,7 @@ impl<R: Read> Decode<R> {
             decoder,
             compression,
             failed,
+            too_large,
             produced: 0,
             limit_bytes,
         })
@@ -290,6 +325,11 @@ impl<R: Read> Decode<R> {
     }
 
     fn failure(&self, source: io::Error) -> UnpackError {
+        if let Some(limit_bytes) = self.limit_bytes
+            && self.too_large.load(Ordering::Relaxed)
+        {
+            return UnpackError::TooLarge { limit_bytes };
+        }
         if self.failed.load(Ordering::Relaxed) {
             return UnpackError::Read { source };
         }
@@ -345,6 +385,7 @@ struct Feed {
 
 /// A layer's archive, uncompressed: the consuming end.
 pub struct Source {
+    compression: Compression,
     feed: Option<Feed>,
     block: Option<Arc<Block>>,
     start: usize,
@@ -353,8 +394,9 @@ pub struct Source {
 }
 
 impl Source {
-    fn new(block: Option<Arc<Block>>, feed: Option<Feed>) -> Source {
+    fn new(compression: Compression, block: Option<Arc<Block>>, feed: Option<Feed>) -> Source {
         Source {
+            compression,
             feed,
             block,
             start: 0,
@@ -366,6 +408,11 @@ impl Source {
     /// From now on what is not a file's data is written down there.
     pub fn record(&mut self, recipe: Rc<RefCell<recipe::Writer>>) {
         self.recipe = Some(recipe);
+    }
+
+    /// How the blob is compressed.
+    pub fn compression(&self) -> Compression {
+        self.compression
     }
 
     /// How many uncompressed bytes were consumed.

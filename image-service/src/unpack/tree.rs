@@ -34,6 +34,11 @@ use times::DirectoryTimes;
 
 /// Symbolic links followed on the way to one directory. Source: path_resolution(7).
 const MAX_SYMLINKS: usize = 40;
+/// Components walked on the way to one directory, those of links and of ways back included: a path
+/// has 2048 at most, and links in real images add some dozens.
+const MAX_STEPS: usize = 8192;
+/// Directories kept open on the way to one, for links that lead up again.
+const MAX_ABOVE: usize = 64;
 /// Directories kept open, so that neighbours in an archive need no walk.
 const OPEN_DIRECTORIES: usize = 48;
 /// Files from this size on begin to be written to the disk while the next are unpacked, in
@@ -70,6 +75,8 @@ pub struct Tree<'a> {
     attic: BorrowedFd<'a>,
     attic_names: &'a mut dyn FnMut() -> String,
     parents: Parents<'a>,
+    /// The parents' merged view, once it was waited for.
+    lent: Option<OwnedFd>,
     /// By the path entries use for them; the most recently used last.
     open: RefCell<Vec<(Vec<u8>, Rc<Directory>)>>,
     times: DirectoryTimes,
@@ -103,6 +110,7 @@ impl<'a> Tree<'a> {
             attic,
             attic_names,
             parents,
+            lent: None,
             open: RefCell::new(Vec::with_capacity(OPEN_DIRECTORIES)),
             times: DirectoryTimes::default(),
             umask: umask(),

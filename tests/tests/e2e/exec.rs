@@ -34,7 +34,9 @@ fn an_exec_runs_where_the_container_does() {
     let init = container.init_pid();
     let cgroup = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     std::thread::scope(|scope| {
-        let running = scope.spawn(|| container.try_exec(&["sleep", "3"], 30));
+        // Runs until it is told something.
+        container.exec(&["mkfifo", "/go"]);
+        let running = scope.spawn(|| container.try_exec(&["cat", "/go"], 60));
         let pid = eventually("the exec's process is in the container's cgroup", || {
             container.pids().into_iter().find(|pid| *pid != init)
         });
@@ -42,6 +44,7 @@ fn an_exec_runs_where_the_container_does() {
         eventually("it is in all of the container's cgroups", || {
             (cgroup(pid) == cgroup(init)).then_some(())
         });
+        container.exec(&["sh", "-c", "echo > /go"]);
         running.join().unwrap().unwrap();
     });
 }

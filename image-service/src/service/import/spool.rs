@@ -5,7 +5,7 @@ use crate::content::MAX_DOCUMENT_BYTES;
 use crate::digest::{Algorithm, Digest, Hasher};
 use crate::layer::random_name;
 use crate::unpack::{Archive, Compression, Kind, UnpackError, read_archive};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Cursor, Read, Write};
@@ -37,6 +37,8 @@ pub(super) struct Spool {
     files: HashMap<String, Spooled>,
     by_digest: HashMap<Digest, Spooled>,
     links: HashMap<String, String>,
+    /// Blobs named by another digest than sha256, once that was found right.
+    verified: RefCell<HashMap<Digest, Spooled>>,
     /// Of manifests, indexes and configs.
     read_bytes: Cell<u64>,
 }
@@ -67,6 +69,7 @@ impl Spool {
             files: HashMap::new(),
             by_digest: HashMap::new(),
             links: HashMap::new(),
+            verified: RefCell::default(),
             read_bytes: Cell::new(0),
         };
         let mut start = Vec::with_capacity(4);
@@ -189,6 +192,9 @@ impl Spool {
         if let Some(file) = self.by_digest.get(digest) {
             return Ok(Some(file.clone()));
         }
+        if let Some(file) = self.verified.borrow().get(digest) {
+            return Ok(Some(file.clone()));
+        }
         let name = format!("blobs/{}/{}", digest.algorithm().name(), digest.hex());
         let Some(file) = self.named(&name) else {
             return Ok(None);
@@ -205,7 +211,12 @@ impl Spool {
             }
         }
         match hasher.verify(digest) {
-            Ok(()) => Ok(Some(file.clone())),
+            Ok(()) => {
+                // An index may name it a thousand times. Not more than there are files.
+                let mut verified = self.verified.borrow_mut();
+                verified.insert(digest.clone(), file.clone());
+                Ok(Some(file.clone()))
+            }
             Err(error) => Err(ImportError::Wrong {
                 what: name,
                 why: error.to_string(),
@@ -275,7 +286,8 @@ fn join(base: &str, path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::join;
+    use super::{Spool, join};
+    use crate::digest::Digest;
 
     #[test]
     fn names_are_plain_keys() {
@@ -283,5 +295,31 @@ mod tests {
         assert_eq!(join("a", "../b/layer.tar"), "b/layer.tar");
         assert_eq!(join("", "../../etc/passwd"), "etc/passwd");
         assert_eq!(join("a", "/b"), "b");
+    }
+
+    #[test]
+    fn a_blob_named_by_another_digest_than_sha256_is_hashed_once() {
+        // sha512 of "blob".
+        let hex = {
+            let mut hasher = crate::digest::Hasher::new(crate::digest::Algorithm::Sha512);
+            hasher.update(b"blob");
+            hasher.finish()
+        };
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(4);
+        let mut builder = tar::Builder::new(Vec::new());
+        let name = format!("blobs/sha512/{}", hex.hex());
+        builder
+            .append_data(&mut header, &name, &b"blob"[..])
+            .unwrap();
+        let lib = tempfile::tempdir().unwrap();
+        let archive = builder.into_inner().unwrap();
+        let spool = Spool::fill(lib.path(), "import-", &archive[..]).unwrap();
+        let first = spool.blob(&hex).unwrap().unwrap();
+        assert_eq!(first.digest, Digest::sha256(b"blob"));
+        // What is not read again may as well be gone.
+        std::fs::remove_file(spool.dir().join(first.number.to_string())).unwrap();
+        assert_eq!(spool.blob(&hex).unwrap().unwrap().number, first.number);
     }
 }

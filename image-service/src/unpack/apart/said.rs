@@ -34,9 +34,8 @@ pub(super) enum Said {
         compression: Compression,
         source: SaidIo,
     },
-    OtherCompression {
+    NoFormat {
         said: Compression,
-        found: Compression,
     },
     TrailingBytes {
         compression: Compression,
@@ -116,7 +115,7 @@ impl From<UnpackError> for Said {
                 compression,
                 source: source.into(),
             },
-            UnpackError::OtherCompression { said, found } => Said::OtherCompression { said, found },
+            UnpackError::NoFormat { said } => Said::NoFormat { said },
             UnpackError::TrailingBytes { compression } => Said::TrailingBytes { compression },
             UnpackError::Truncated { offset } => Said::Truncated { offset },
             UnpackError::TooLarge { limit_bytes } => Said::TooLarge { limit_bytes },
@@ -177,7 +176,7 @@ impl From<Said> for UnpackError {
                 compression,
                 source: source.into(),
             },
-            Said::OtherCompression { said, found } => UnpackError::OtherCompression { said, found },
+            Said::NoFormat { said } => UnpackError::NoFormat { said },
             Said::TrailingBytes { compression } => UnpackError::TrailingBytes { compression },
             Said::Truncated { offset } => UnpackError::Truncated { offset },
             Said::TooLarge { limit_bytes } => UnpackError::TooLarge { limit_bytes },
@@ -263,9 +262,8 @@ mod tests {
                 compression,
                 source: io::Error::new(io::ErrorKind::InvalidData, "corrupt deflate stream"),
             },
-            UnpackError::OtherCompression {
-                said: Compression::None,
-                found: Compression::Gzip,
+            UnpackError::NoFormat {
+                said: Compression::Gzip,
             },
             UnpackError::TrailingBytes { compression },
             UnpackError::Truncated { offset: 7 },

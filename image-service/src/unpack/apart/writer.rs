@@ -2,7 +2,7 @@
 
 use super::super::{Parents, Summary, Target, UnpackError, recipe, unpack};
 use super::said::{Outcome, Said};
-use super::{ApartError, Below, LENGTH_BYTES, Order};
+use super::{ASK, ApartError, Below, LENGTH_BYTES, Order, VIEW};
 use crate::digest::Digest;
 use berth_sys::wire::{self, Bounds, FrameReader, Received};
 use rustix::event::{PollFd, PollFlags};
@@ -58,12 +58,20 @@ fn obey(order: &Order, fds: Vec<OwnedFd>, socket: &UnixStream) -> Result<(Summar
     let (Some(root), Some(attic), Some(notes)) = (fds.next(), fds.next(), fds.next()) else {
         return Err(Said::Handed);
     };
-    let view = fds.next();
-    let parents = match (order.below, &view) {
-        (Below::None, None) => Parents::None,
-        (Below::Unknown, None) => Parents::Unknown,
-        (Below::Merged, Some(view)) => Parents::Merged(view.as_fd()),
+    let beside = fds.next();
+    let (mut view, mut asking) = (None, None);
+    match (order.below, beside) {
+        (Below::None | Below::Unknown, None) => {}
+        (Below::Merged, Some(fd)) => view = Some(fd),
+        (Below::Later, Some(fd)) => asking = Some(UnixStream::from(fd)),
         _ => return Err(Said::Handed),
+    }
+    let wait = || ask_for_parents(asking.as_ref());
+    let parents = match (order.below, &view) {
+        (Below::None, _) => Parents::None,
+        (Below::Later, _) => Parents::Later(&wait),
+        (Below::Merged, Some(view)) => Parents::Merged(view.as_fd()),
+        (Below::Unknown | Below::Merged, _) => Parents::Unknown,
     };
     let unpacked = write(order, socket, &root, &attic, &notes, parents)?;
     let (summary, digest) = &unpacked;
@@ -112,6 +120,17 @@ fn write(
         order.limit_bytes,
         target,
     )
+}
+
+/// The merged view of the layers below, once the daemon has it. Why it has none, it knows itself.
+fn ask_for_parents(asking: Option<&UnixStream>) -> Result<OwnedFd, UnpackError> {
+    let socket = asking.ok_or(UnpackError::LeansOnParents)?;
+    wire::send_frame(socket, ASK, &[]).map_err(|_| UnpackError::LeansOnParents)?;
+    match FrameReader::new(VIEW).read(socket) {
+        Ok(Received::Frame(frame)) => frame.fds.into_iter().next(),
+        Ok(Received::Closed | Received::WouldBlock) | Err(_) => None,
+    }
+    .ok_or(UnpackError::LeansOnParents)
 }
 
 /// The recipe, from its beginning.

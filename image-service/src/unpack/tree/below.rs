@@ -70,12 +70,18 @@ impl Tree<'_> {
         }
     }
 
-    /// Notes that the parents matter; an error where they are not at hand.
+    /// Notes that the parents matter, and waits for them where they can be waited for; an error
+    /// where they are not at hand. Nothing before the first call depended on them, so the layer
+    /// goes on as if they had been there from the beginning.
     pub(super) fn lean(&mut self) -> Result<(), UnpackError> {
         self.summary.leans_on_parents = true;
         match self.parents {
             Parents::Unknown => Err(UnpackError::LeansOnParents),
-            Parents::None | Parents::Merged(_) => Ok(()),
+            Parents::Later(wait) if self.lent.is_none() => {
+                self.lent = Some(wait()?);
+                Ok(())
+            }
+            Parents::None | Parents::Later(_) | Parents::Merged(_) => Ok(()),
         }
     }
 
@@ -88,8 +94,10 @@ impl Tree<'_> {
         name: &[u8],
         flags: OFlags,
     ) -> Result<Option<OwnedFd>, UnpackError> {
-        let Parents::Merged(root) = self.parents else {
-            return Ok(None);
+        let root = match (&self.lent, self.parents) {
+            (Some(lent), _) => lent.as_fd(),
+            (None, Parents::Merged(root)) => root,
+            (None, _) => return Ok(None),
         };
         let opened = rustix::fs::openat2(
             root,

@@ -4,9 +4,12 @@ use super::super::archive::{Entry, Time};
 use super::super::{UnpackError, shown};
 use super::attributes::{file_type, is_opaque, is_whiteout, set_opaque};
 use super::names::{bad_path, components, join, split};
-use super::{DIRECTORY, Directory, MAX_SYMLINKS, Missing, OPEN_DIRECTORIES, Tree};
+use super::{
+    DIRECTORY, Directory, MAX_ABOVE, MAX_STEPS, MAX_SYMLINKS, Missing, OPEN_DIRECTORIES, Tree,
+};
 use rustix::fs::{FileType, Gid, Mode, Uid};
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 impl Tree<'_> {
@@ -66,10 +69,21 @@ impl Tree<'_> {
             end = slash;
         }
         let mut links = 0;
+        let mut steps = 0;
+        // The directories above `current`, the nearest last, as far as they are known.
+        let mut above: VecDeque<Rc<Directory>> = VecDeque::new();
         // The next component is the last.
         let mut todo: Vec<Vec<u8>> = components(rest).map(<[u8]>::to_vec).rev().collect();
         while let Some(name) = todo.pop() {
+            steps += 1;
+            if steps > MAX_STEPS {
+                return Err(bad_path(entry, "goes through too many directories"));
+            }
             if name == b".." {
+                if let Some(up) = above.pop_back() {
+                    current = up;
+                    continue;
+                }
                 // Paths of directories have no links, so the parent is the path's.
                 let (up, _) = split(&current.path);
                 todo.extend(components(up).map(<[u8]>::to_vec).rev());
@@ -77,7 +91,12 @@ impl Tree<'_> {
                 continue;
             }
             match self.step(entry, &current, &name, missing)? {
-                Step::Into(next) => current = next,
+                Step::Into(next) => {
+                    if above.len() == MAX_ABOVE {
+                        above.pop_front();
+                    }
+                    above.push_back(std::mem::replace(&mut current, next));
+                }
                 Step::Nowhere => return Ok(None),
                 Step::Link(target) => {
                     links += 1;
@@ -86,6 +105,7 @@ impl Tree<'_> {
                     }
                     if target.starts_with(b"/") {
                         current = self.root.clone();
+                        above.clear();
                     }
                     todo.extend(components(&target).map(<[u8]>::to_vec).rev());
                 }
