@@ -283,7 +283,7 @@ impl Inner {
         Ok(())
     }
 
-    /// A name of the bundle's own for the user namespace. runc since 1.1.13 takes any path that
+    /// A name of the bundle's own for the user namespace. runc since 1.1.11 takes any path that
     /// begins with /proc/PID for that process's namespace: here that would be the host's.
     fn named_user_namespace(&self, container: &ContainerRecord, held: &Path) -> Result<PathBuf> {
         let name = self.bundle(container).join("userns");
