@@ -298,7 +298,9 @@ fn a_writable_cgroup_is_given_where_limits_stay_out_of_reach() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("etc")).unwrap();
         fs::write(root.path().join("etc/config.toml"), config).unwrap();
-        let mut serve = Command::new(binaries::berth());
+        // One that does start would not end.
+        let mut serve = Command::new("timeout");
+        serve.args(["--signal=KILL", "60"]).arg(binaries::berth());
         let refused = serve.arg("serve").arg("--root").arg(root.path()).output();
         let refused = refused.unwrap();
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
