@@ -176,10 +176,9 @@ async fn connect(socket: &Path, arguments: &Arguments) -> Result<Runtime> {
         .with_context(|| format!("nobody answers at {}", socket.display()))?;
     let images = ImageServiceClient::new(channel.clone());
     let mut client = RuntimeServiceClient::new(channel);
-    let version = client
-        .version(cri::VersionRequest::default())
-        .await?
-        .into_inner();
+    let version = version(&mut client)
+        .await
+        .with_context(|| format!("{} says nothing of itself", socket.display()))?;
     let name = format!("{} {}", version.runtime_name, version.runtime_version);
     Ok(Runtime {
         name,
@@ -188,6 +187,18 @@ async fn connect(socket: &Path, arguments: &Arguments) -> Result<Runtime> {
         parent: arguments.cgroup_parent.clone(),
         pods: Vec::new(),
     })
+}
+
+/// Asks until there is an answer: containerd listens before it can give one.
+async fn version(client: &mut RuntimeServiceClient<Channel>) -> Result<cri::VersionResponse> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        match client.version(cri::VersionRequest::default()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) if Instant::now() >= until => return Err(status.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
 }
 
 async fn pull(runtime: &mut Runtime, image: &str) -> Result<()> {

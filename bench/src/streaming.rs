@@ -60,11 +60,7 @@ pub async fn time_exec(
     let bytes = options.bytes();
     let mut times = Vec::new();
     for (transport, out, into) in [
-        (
-            Transport::Spdy,
-            "exec's output, SPDY",
-            "exec's input, SPDY",
-        ),
+        (Transport::Spdy, "exec's output, SPDY", "exec's input, SPDY"),
         (
             Transport::WebSocket,
             "exec's output, WebSocket",
@@ -189,11 +185,7 @@ fn receive(from: Option<&Output>, bytes: usize) -> Result<f64> {
 }
 
 /// Sends `bytes` bytes; the milliseconds from when [`takes`] reads until it has them all.
-fn send(
-    from: &Output,
-    bytes: usize,
-    mut write: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<f64> {
+fn send(from: &Output, bytes: usize, mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<f64> {
     let piece = vec![0; PIECE_BYTES];
     from.until(READY)?;
     let begin = Instant::now();

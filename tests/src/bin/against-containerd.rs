@@ -2,7 +2,7 @@
 //! the same image, in the same network namespace, each on its own bridge.
 //!
 //! Arguments go to `berth-bench`; the default is `start -n 50`. `pull` is measured with the images
-//! of `berth_tests::bulk`, one after the other.
+//! of `berth_tests::bulk`, one after the other, or with the one that `--only` names.
 
 use anyhow::{Context, Result, ensure};
 use berth_tests::host::Host;
@@ -32,7 +32,11 @@ fn main() -> Result<()> {
     }
     let mut failed = None;
     if arguments.first().is_some_and(|what| what == "pull") {
+        let only = only(&mut arguments)?;
         for weight in berth_tests::bulk::WEIGHTS {
+            if only.as_ref().is_some_and(|only| *only != weight.name) {
+                continue;
+            }
             let reference = push_bulk(&node, weight)?;
             println!("\n== {} ==", weight.name);
             let mut arguments = arguments.clone();
@@ -49,6 +53,21 @@ fn main() -> Result<()> {
     // Its bridge stays, as its plugins leave it.
     _ = node.host.run("ip", &["link", "del", "bench0"]);
     failed.map_or(Ok(()), Err)
+}
+
+/// Takes `--only NAME` out of the arguments: one of the images instead of all.
+fn only(arguments: &mut Vec<String>) -> Result<Option<String>> {
+    let Some(at) = arguments.iter().position(|word| word == "--only") else {
+        return Ok(None);
+    };
+    let end = arguments.len().min(at + 2);
+    let only = arguments.drain(at..end).nth(1);
+    let known = berth_tests::bulk::WEIGHTS.map(|weight| weight.name);
+    ensure!(
+        only.as_deref().is_some_and(|only| known.contains(&only)),
+        "--only takes one of {known:?}"
+    );
+    Ok(only)
 }
 
 /// An image of that weight in the registry, and its layers beside it as files.
