@@ -18,6 +18,9 @@ use std::time::Duration;
 /// How long until a container that is deaf to its stop signal is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
+/// How long until a start that goes on is called off again.
+const CALL_OFF_AGAIN: Duration = Duration::from_millis(200);
+
 impl Sandboxes {
     /// Stops a container: its stop signal, and SIGKILL once `grace` has passed.
     /// One that does not run, or is gone, counts as stopped. A second call with
@@ -114,10 +117,16 @@ impl Inner {
     /// Calls off a start that is still being planned or has its hooks run, and waits
     /// for the end of any other: the monitor's part always ends.
     pub(super) async fn settled(self: &Arc<Self>, id: &ContainerId) {
-        if let Err(error) = self.call_off(id).await {
-            tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
+        loop {
+            if let Err(error) = self.call_off(id).await {
+                tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
+            }
+            // The monitor may not have heard of it when it was called off.
+            let launched = self.launched(id);
+            if tokio::time::timeout(CALL_OFF_AGAIN, launched).await.is_ok() {
+                return;
+            }
         }
-        self.launched(id).await;
     }
 
     /// Waits while the monitor starts the container.
