@@ -18,6 +18,9 @@ use std::time::Duration;
 /// How long until a container that is deaf to its stop signal is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
+/// How long until a start that goes on is called off again.
+const CALL_OFF_AGAIN: Duration = Duration::from_millis(200);
+
 impl Sandboxes {
     /// Stops a container: its stop signal, and SIGKILL once `grace` has passed.
     /// One that does not run, or is gone, counts as stopped. A second call with
@@ -115,10 +118,16 @@ impl Inner {
     /// and waits for the end of any other: the monitor's part always ends.
     pub(super) async fn settled(self: &Arc<Self>, id: &ContainerId) {
         self.call_off_checkpoint(id).await;
-        if let Err(error) = self.call_off(id).await {
-            tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
+        loop {
+            if let Err(error) = self.call_off(id).await {
+                tracing::warn!(container = %id, error = error.chain(), "its start is not called off");
+            }
+            // The monitor may not have heard of it when it was called off.
+            let launched = self.launched(id);
+            if tokio::time::timeout(CALL_OFF_AGAIN, launched).await.is_ok() {
+                return;
+            }
         }
-        self.launched(id).await;
     }
 
     /// Waits while the monitor starts the container.
