@@ -5,7 +5,6 @@ use berth_proto::runtime_v1 as cri;
 use berth_tests::container::LinuxConfig as _;
 use berth_tests::deadline::{eventually, slowness};
 use berth_tests::host::Host;
-use berth_tests::node::is_systemd_driver;
 use berth_tests::{Container, Node, Pod};
 use serde_json::{Value, json};
 use std::fs;
@@ -314,12 +313,6 @@ fn a_container_of_another_runtime_is_checkpointed_by_it() {
     let node = Node::start();
     for handler in ["runc", "crun"] {
         let run = node.try_run_by(handler, node.pod_config(handler));
-        if is_systemd_driver() {
-            // Such pods are refused there, and with them their checkpoints.
-            let error = run.err().expect("no handler of others with this driver");
-            assert_eq!(error.code(), Code::Unimplemented, "{error}");
-            continue;
-        }
         let pod = run.unwrap();
         let has = Command::new(handler)
             .args(["checkpoint", "--help"])
