@@ -26,6 +26,9 @@ pub const KNOWN: [&str; 2] = ["runc", "crun"];
 /// Source: runc(8), crun(1); gVisor's runsc and youki have it as well.
 pub const SYSTEMD_MODE: &str = "--systemd-cgroup";
 
+/// By this annotation of its features crun is known. Source: crun, `src/features.c`.
+const CRUN_VERSION: &str = "run.oci.crun.version";
+
 /// How long a runtime may take to say what it can do, or to delete.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -200,7 +203,9 @@ fn features(answer: &Value) -> Features {
     };
     Features {
         recursive_read_only_mounts: has(&answer["mountOptions"], "rro"),
-        user_namespaces: has(&answer["linux"]["namespaces"], "user"),
+        // crun 1.21 leaves no pid file behind for such a container, and says nothing.
+        user_namespaces: has(&answer["linux"]["namespaces"], "user")
+            && answer["annotations"][CRUN_VERSION].is_null(),
     }
 }
 
@@ -304,6 +309,15 @@ mod tests {
             ..OciRuntime::default()
         };
         assert!(matches!(missing.delete("a"), Err(RuntimeError::Run { .. })));
+    }
+
+    #[test]
+    fn user_namespaces_are_for_those_that_list_them_and_are_not_crun() {
+        let mut answer = serde_json::json!({"linux": {"namespaces": ["pid", "user"]}});
+        assert!(features(&answer).user_namespaces);
+        answer["annotations"][CRUN_VERSION] = "1.21".into();
+        assert!(!features(&answer).user_namespaces);
+        assert!(!features(&serde_json::json!({})).user_namespaces);
     }
 
     #[test]

@@ -87,7 +87,8 @@ impl Inner {
             let name = &pod.runtime_handler;
             let text = format!(
                 "the runtime handler {name:?} cannot have pods in user namespaces: its command \
-                 \"features\" does not say that the runtime can; the built-in handler can"
+                 \"features\" does not say that the runtime can, or it is crun, with which they \
+                 do not start; the built-in handler can"
             );
             return Err(SandboxError::new(Kind::Unsupported, text));
         }
