@@ -32,18 +32,19 @@ fn an_exec_runs_where_the_container_does() {
         "/www\nvalue\nweb\n"
     );
     let init = container.init_pid();
-    let cgroup = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let cgroup = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+    container.exec(&["mkfifo", "/go"]);
     std::thread::scope(|scope| {
         // Runs until it is told something.
-        container.exec(&["mkfifo", "/go"]);
         let running = scope.spawn(|| container.try_exec(&["cat", "/go"], 60));
-        let pid = eventually("the exec's process is in the container's cgroup", || {
-            container.pids().into_iter().find(|pid| *pid != init)
-        });
         // It joins one hierarchy after the other.
-        eventually("it is in all of the container's cgroups", || {
-            (cgroup(pid) == cgroup(init)).then_some(())
-        });
+        eventually(
+            "the exec's process is in all of the container's cgroups",
+            || {
+                let pid = container.pids().into_iter().find(|pid| *pid != init)?;
+                (cgroup(pid)? == cgroup(init)?).then_some(())
+            },
+        );
         container.exec(&["sh", "-c", "echo > /go"]);
         running.join().unwrap().unwrap();
     });
