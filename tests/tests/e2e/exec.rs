@@ -33,10 +33,10 @@ fn an_exec_runs_where_the_container_does() {
     );
     let init = container.init_pid();
     let cgroup = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
-    container.exec(&["mkfifo", "/go"]);
+    container.exec(&["busybox", "mkfifo", "/go"]);
     std::thread::scope(|scope| {
         // Runs until it is told something.
-        let running = scope.spawn(|| container.try_exec(&["cat", "/go"], 60));
+        let running = scope.spawn(|| container.try_exec(&["busybox", "cat", "/go"], 60));
         // It joins one hierarchy after the other.
         eventually(
             "the exec's process is in all of the container's cgroups",
