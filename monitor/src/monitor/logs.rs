@@ -44,8 +44,13 @@ impl LoggerProcess {
         order: impl FnOnce(u32) -> Order,
     ) -> Result<(), Failed> {
         let number = self.last_order.wrapping_add(1).max(1);
+        let sent = order(number).send(&self.control);
+        // All has been written, and it is gone before the container is told as ended.
+        if let Err(Errno::PIPE) = sent {
+            return Err(Failed::new("container has ended", id, Errno::SRCH));
+        }
         // EAGAIN: a hung disk keeps it from reading.
-        order(number).send(&self.control).step("tell logger", id)?;
+        sent.step("tell logger", id)?;
         self.last_order = number;
         self.orders.insert(number, asker);
         Ok(())
