@@ -446,6 +446,9 @@ impl Cgroups {
         )?;
         systemd::until_entered(holder, &cgroup.path)?;
         systemd::until_there(directory)?;
+        if let Some((parent, _)) = cgroup.path.rsplit_once('/') {
+            self.count_huge_pages(parent, resources);
+        }
         let resources = self.with_defaults(resources);
         self.apply(cgroup, &resources, &mut Journal::forgetful())?;
         if !devices.is_empty() {
@@ -708,14 +711,10 @@ impl Cgroups {
             }
         }
         if let Some(unified) = &self.unified {
-            let huge = !resources.hugepages.is_empty()
-                && unified.controllers.iter().any(|name| name == "hugetlb");
             if self.version == Version::V2 {
                 v2::enable(&unified.mount, parent, &unified.controllers)?;
-            } else if huge {
-                // A parent with processes forbids it; huge pages then stay unlimited, as on
-                // every host without the controller.
-                let _ = v2::enable(&unified.mount, parent, &["hugetlb".to_owned()]);
+            } else {
+                self.count_huge_pages(parent, resources);
             }
         }
         if let Some(cpuset) = self.hierarchies.iter().find(|h| h.controls("cpuset"))
@@ -729,6 +728,18 @@ impl Cgroups {
             device::apply(cgroup, devices)?;
         }
         Ok(())
+    }
+
+    /// Has the unified hierarchy count the huge pages of what is beneath `parent`, where they
+    /// are limited and nobody else sees to that: v1's other controllers are not there, and
+    /// systemd does not know this one, so it leaves it alone. A parent with processes forbids
+    /// it; huge pages then stay unlimited, as on every host without the controller.
+    fn count_huge_pages(&self, parent: &str, resources: &Resources) {
+        let Some(unified) = &self.unified else { return };
+        let known = unified.controllers.iter().any(|name| name == "hugetlb");
+        if known && !resources.hugepages.is_empty() {
+            let _ = v2::enable(&unified.mount, parent, &["hugetlb".to_owned()]);
+        }
     }
 
     /// Changes the limits that are given and leaves the others, all or none of them; `after` are
