@@ -221,6 +221,8 @@ fn restore(node: &Node, images: &Path, runtime: &str) -> Vec<String> {
     }
     fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
     let state = bundle.join("state");
+    // crun wants it to be there.
+    fs::create_dir(bundle.join("work")).unwrap();
     let mut child = Command::new(runtime)
         .arg("--root")
         .arg(&state)
