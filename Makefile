@@ -73,7 +73,7 @@ test-vm-selinux: build
 	tests/vm/suites selinux
 
 # What depends on cgroups and systemd, with both cgroup drivers, and over runc and crun with
-# systemd's; two hours at most.
+# systemd's; four runs, each ended after half an hour.
 test-vm-drivers: build
 	tests/vm/suites drivers
 	tests/handlers --vm
