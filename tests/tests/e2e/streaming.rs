@@ -122,6 +122,11 @@ fn a_shell_on_a_terminal_behaves_as_one() {
         // Ctrl-C interrupts the command and leaves the shell.
         shell.say(b"echo begun-$((3+1)); cat; echo not-$((4+1))\r");
         shell.wait_for("begun-4");
+        // Once as the terminal's echo and once from the command, which runs then: between fork and
+        // exec, a shell's handler of SIGINT would take a Ctrl-C that is meant for its child.
+        shell.say(b"typed\r");
+        shell.wait_for("typed");
+        shell.wait_for("typed");
         shell.say(b"\x03");
         // Typed sooner, it would be thrown away with what Ctrl-C throws away.
         shell.wait_for("# ");
