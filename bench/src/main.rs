@@ -146,7 +146,7 @@ async fn measure(arguments: &Arguments, runtimes: &mut [Runtime]) -> Result<Vec<
                 What::PortForward(options) => {
                     streaming::time_forward(runtime, &arguments.image, round, options).await
                 }
-                What::Pull(_) => pull::time(runtime, &arguments.image).await,
+                What::Pull(options) => pull::time(runtime, &arguments.image, options).await,
                 What::Logs(options) => logs::time(runtime, &arguments.image, round, options).await,
                 What::Network(_) | What::Throughput(_) => bail!("these are measured apart"),
             };
@@ -170,7 +170,8 @@ async fn connect(socket: &Path, arguments: &Arguments) -> Result<Runtime> {
         }
     });
     let channel = Endpoint::from_static("http://cri.invalid")
-        .timeout(Duration::from_secs(120))
+        // The largest pull, on a slow disk.
+        .timeout(Duration::from_secs(900))
         .connect_with_connector(dial)
         .await
         .with_context(|| format!("nobody answers at {}", socket.display()))?;

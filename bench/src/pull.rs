@@ -33,9 +33,9 @@ fn spec(image: &str) -> Option<cri::ImageSpec> {
 }
 
 /// One pull of an image that is not there, and its removal.
-pub async fn time(runtime: &mut Runtime, image: &str) -> Result<Times> {
+pub async fn time(runtime: &mut Runtime, image: &str, options: &Pull) -> Result<Times> {
     remove(runtime, image).await?;
-    settle().await;
+    settle(&options.scratch).await?;
     let request = cri::PullImageRequest {
         image: spec(image),
         ..Default::default()
@@ -57,11 +57,27 @@ async fn remove(runtime: &mut Runtime, image: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the last pull and removal still do in the background must not count for the next.
-async fn settle() {
-    let synced = tokio::task::spawn_blocking(|| Command::new("sync").status());
-    let _ = synced.await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+/// What the last pull and removal still do in the background must not count for the next: waits
+/// until nothing is freed or taken any more on the file system of `scratch`, and all is written.
+async fn settle(scratch: &Path) -> Result<()> {
+    const QUIET: Duration = Duration::from_secs(1);
+    let until = Instant::now() + Duration::from_secs(300);
+    let taken = || -> Result<_> {
+        let stat = nix::sys::statvfs::statvfs(scratch)
+            .with_context(|| format!("cannot look at {}", scratch.display()))?;
+        Ok((stat.blocks_free(), stat.files_free()))
+    };
+    loop {
+        let before = taken()?;
+        tokio::task::spawn_blocking(|| Command::new("sync").status()).await??;
+        tokio::time::sleep(QUIET).await;
+        if taken()? == before {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            bail!("{} does not come to rest", scratch.display());
+        }
+    }
 }
 
 /// Prints the least this machine needs for the layers: the slower of decompressing and hashing

@@ -244,6 +244,7 @@ struct Inner {
     /// One collection at a time.
     collecting: Mutex<()>,
     sweeper: Sweeper,
+    early: unpack::Early,
     /// Who writes layers; without them, the thread that asks.
     writers: Option<Arc<Writers>>,
 }
@@ -387,6 +388,7 @@ impl Store {
             syncing: Mutex::default(),
             collecting: Mutex::default(),
             sweeper,
+            early: unpack::Early::default(),
             writers,
         }));
         store.load().map_err(fail("read", dir))?;
@@ -771,6 +773,7 @@ impl Store {
             attic: self.0.fd.as_fd(),
             attic_names: &mut attic_names,
             parents,
+            early: &self.0.early,
             recipe,
         };
         let (compression, limit_bytes) = (ingest.compression, ingest.limit_bytes);

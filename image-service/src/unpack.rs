@@ -13,12 +13,14 @@
 
 pub mod apart;
 mod archive;
+mod early;
 pub mod recipe;
 mod stream;
 mod tree;
 
 pub(crate) use archive::{Archive, Kind};
 pub use archive::{MAX_EXTENSION_BYTES, MAX_PATH_BYTES, MAX_XATTR_BYTES};
+pub use early::Early;
 pub use stream::Compression;
 pub(crate) use stream::read as read_archive;
 pub(crate) use tree::is_opaque;
@@ -233,6 +235,8 @@ pub struct Target<'a> {
     pub attic_names: &'a mut dyn FnMut() -> String,
     /// What is below the layer.
     pub parents: Parents<'a>,
+    /// Of the file system that `root` is on.
+    pub early: &'a Early,
     /// Takes down how the archive is put together again.
     pub recipe: recipe::Writer,
 }
@@ -262,6 +266,7 @@ pub fn unpack(
             target.attic,
             target.attic_names,
             target.parents,
+            target.early,
             Rc::clone(&recipe),
         );
         while let Some(entry) = archive.next_entry()? {

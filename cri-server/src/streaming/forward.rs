@@ -10,7 +10,8 @@
 use super::channel::Channel;
 use super::dial::{DialError, dial};
 use super::fd::Buffer;
-use super::spdy::{Opened, Stream};
+use super::spdy::{FRAME_BYTES, Opened, Stream};
+use super::splice::Pipe;
 use super::websocket::WebSocket;
 use crate::rpc;
 use crate::wire::spdy::Reset;
@@ -26,6 +27,9 @@ use tokio::time::Instant;
 /// How long a client may take to open the second stream of a pair.
 /// Source: k8s.io/cri-streaming, `DefaultStreamCreationTimeout`.
 pub const PAIRING: Duration = Duration::from_secs(30);
+
+/// A connection of which so much was read at once is worth a pipe, in bytes.
+const BUSY_BYTES: usize = 64 << 10;
 
 /// Half a pair.
 struct Half {
@@ -185,7 +189,25 @@ async fn from_pod(mut from: ReadHalf<'_>, data: &Channel) -> Result<(), Broke> {
             Ok(length) => {
                 data.write(buffer.filled(length)).await.map_err(|_| Broke)?;
                 buffer.done(length);
+                if length >= BUSY_BYTES
+                    && let Channel::Spdy(stream) = data
+                    && stream.can_splice().await
+                    && let Ok(pipe) = Pipe::new()
+                {
+                    return splice_from_pod(&from, stream, &pipe).await;
+                }
             }
+            Err(_) => return Err(Broke),
+        }
+    }
+}
+
+/// As [`from_pod`], with bytes that nobody looks at.
+async fn splice_from_pod(from: &ReadHalf<'_>, stream: &Stream, pipe: &Pipe) -> Result<(), Broke> {
+    loop {
+        match pipe.fill(from.as_ref(), FRAME_BYTES).await {
+            Ok(0) => return stream.close().await.map_err(|_| Broke),
+            Ok(length) => stream.splice(pipe, length).await.map_err(|_| Broke)?,
             Err(_) => return Err(Broke),
         }
     }

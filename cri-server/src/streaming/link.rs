@@ -7,6 +7,7 @@
 //! never waits for who writes it.
 
 use super::inbox::Inbox;
+use super::splice::Pipe;
 use super::transport::Writer;
 use super::watch::Watch;
 use crate::wire::websocket;
@@ -14,7 +15,6 @@ use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::io::AsyncWriteExt as _;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -71,6 +71,13 @@ struct Sending {
     to: Writer,
     /// A frame was begun and not finished: nothing can follow it.
     torn: bool,
+}
+
+/// What comes behind a frame's head.
+enum Payload<'a> {
+    Here(&'a [u8]),
+    /// As many bytes, in a pipe.
+    In(&'a Pipe, usize),
 }
 
 #[derive(Default)]
@@ -167,6 +174,24 @@ impl Link {
     /// # Errors
     /// The connection is gone.
     pub async fn send(&self, head: &[u8], payload: &[u8]) -> Result<(), Gone> {
+        self.send_whole(head, Payload::Here(payload)).await
+    }
+
+    /// The same with a payload of `length` bytes that are in `pipe`; only where the link
+    /// [can do so](Link::can_splice).
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn splice(&self, head: &[u8], pipe: &Pipe, length: usize) -> Result<(), Gone> {
+        self.send_whole(head, Payload::In(pipe, length)).await
+    }
+
+    /// Whether payload can go out without being looked at.
+    pub async fn can_splice(&self) -> bool {
+        self.envelope == Envelope::Plain && self.writer.lock().await.to.plain().is_some()
+    }
+
+    async fn send_whole(&self, head: &[u8], payload: Payload<'_>) -> Result<(), Gone> {
         let mut sending = tokio::select! {
             biased;
             () = self.gone.cancelled() => return Err(Gone),
@@ -177,6 +202,10 @@ impl Link {
             return Err(Gone);
         }
         let Control { mut outer, inner } = std::mem::take(&mut *self.control());
+        let (payload, spliced) = match payload {
+            Payload::Here(bytes) => (bytes, None),
+            Payload::In(pipe, length) => (&[][..], Some((pipe, length))),
+        };
         let length = inner.len() + head.len() + payload.len();
         if outer.is_empty() && length == 0 {
             return Ok(());
@@ -186,10 +215,20 @@ impl Link {
         }
         sending.torn = true;
         let mut parts = [&outer[..], &inner, head, payload].map(IoSlice::new);
+        let whole = async {
+            match (spliced, sending.to.plain()) {
+                (None, _) => write_all(&mut sending.to, &mut parts).await,
+                (Some((pipe, length)), Some(socket)) => {
+                    let head = [&outer[..], &inner, head].concat();
+                    pipe.empty(socket, &head, length).await
+                }
+                (Some(_), None) => Err(std::io::ErrorKind::Unsupported.into()),
+            }
+        };
         let written = tokio::select! {
             biased;
             () = self.gone.cancelled() => return Err(Gone),
-            written = write_all(&mut sending.to, &mut parts) => written,
+            written = whole => written,
         };
         if let Err(error) = written {
             tracing::debug!(%error, "the client takes no more");

@@ -23,6 +23,7 @@ mod link;
 mod remote_command;
 mod source;
 mod spdy;
+mod splice;
 mod status;
 mod tls;
 mod tokens;

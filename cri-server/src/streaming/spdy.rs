@@ -14,6 +14,7 @@
 use super::inbox::{Broken, INBOX_BYTES, Inbox};
 use super::link::{Gone, Link};
 use super::source::Source;
+use super::splice::Pipe;
 use crate::wire::headers::Headers;
 use crate::wire::spdy::{self, Decoder, Encoder, Frame, INITIAL_WINDOW, Reset};
 use bytes::{Bytes, BytesMut};
@@ -32,7 +33,7 @@ const SESSION_WINDOW: u32 = 16 << 20;
 const MAX_STREAMS: usize = 2048;
 
 /// Longest payload put into one frame, so that streams take turns.
-const FRAME_BYTES: usize = 256 << 10;
+pub const FRAME_BYTES: usize = 256 << 10;
 
 /// A connection; its streams come out of [`Opened`].
 #[derive(Clone)]
@@ -430,6 +431,25 @@ impl Stream {
             let head = spdy::data_head(self.entry.id, length, false);
             self.shared.link.send(&head, now).await?;
             bytes = later;
+        }
+        Ok(())
+    }
+
+    /// Whether [`Stream::splice`] can be.
+    pub async fn can_splice(&self) -> bool {
+        self.shared.link.can_splice().await
+    }
+
+    /// Sends `bytes` that are in `pipe`. Dropping the future is the end of the connection.
+    ///
+    /// # Errors
+    /// As [`Stream::write`]; some may be left in the pipe then.
+    pub async fn splice(&self, pipe: &Pipe, mut bytes: usize) -> Result<(), Gone> {
+        while bytes > 0 {
+            let length = self.allowed(bytes.min(FRAME_BYTES)).await?;
+            let head = spdy::data_head(self.entry.id, length, false);
+            self.shared.link.splice(&head, pipe, length).await?;
+            bytes -= length;
         }
         Ok(())
     }

@@ -5,15 +5,62 @@ use super::watch::Watch;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, WriteHalf};
 use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedWriteHalf;
 use tokio_rustls::server::TlsStream;
 
 /// Where a connection's bytes come from.
 pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
 
 /// Where they go.
-pub type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+pub enum Writer {
+    Plain(OwnedWriteHalf),
+    Tls(WriteHalf<Box<TlsStream<TcpStream>>>),
+}
+
+impl Writer {
+    /// The socket, where bytes go out as they are.
+    pub fn plain(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Plain(half) => Some(half.as_ref()),
+            Self::Tls(_) => None,
+        }
+    }
+
+    /// Writes from `parts` what there is room for.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Plain(half) => half.write_vectored(parts).await,
+            Self::Tls(half) => half.write_vectored(parts).await,
+        }
+    }
+
+    /// Has all that was written go out.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(half) => half.flush().await,
+            Self::Tls(half) => half.flush().await,
+        }
+    }
+
+    /// Ends this side.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn shutdown(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(half) => half.shutdown().await,
+            Self::Tls(half) => half.shutdown().await,
+        }
+    }
+}
 
 /// A client's connection.
 pub enum Connection {
@@ -27,11 +74,11 @@ impl Connection {
         match self {
             Self::Plain(stream) => {
                 let (reader, writer) = stream.into_split();
-                (Box::new(reader), Box::new(writer))
+                (Box::new(reader), Writer::Plain(writer))
             }
             Self::Tls(stream) => {
                 let (reader, writer) = tokio::io::split(stream);
-                (Box::new(reader), Box::new(writer))
+                (Box::new(reader), Writer::Tls(writer))
             }
         }
     }

@@ -21,14 +21,14 @@ mod times;
 
 use super::archive::{Archive, Entry, Kind, MAX_PATH_BYTES, Time};
 use super::recipe::{self, FileNote};
-use super::{Parents, Summary, UnpackError, shown};
+use super::{Early, Parents, Summary, UnpackError, shown};
 pub(crate) use attributes::is_opaque;
 use attributes::{device, errno, file_type, gid, set_opaque, set_xattr, timestamps, uid, umask};
 use names::{bad_path, join, no_nul, normalised, split};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, XattrFlags};
 use rustix::io::Errno;
 use std::cell::RefCell;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use times::DirectoryTimes;
 
@@ -80,6 +80,7 @@ pub struct Tree<'a> {
     /// By the path entries use for them; the most recently used last.
     open: RefCell<Vec<(Vec<u8>, Rc<Directory>)>>,
     times: DirectoryTimes,
+    early: &'a Early,
     umask: u32,
     summary: Summary,
     /// A directory was replaced: the sums no longer hold.
@@ -98,6 +99,7 @@ impl<'a> Tree<'a> {
         attic: BorrowedFd<'a>,
         attic_names: &'a mut dyn FnMut() -> String,
         parents: Parents<'a>,
+        early: &'a Early,
         recipe: Rc<RefCell<recipe::Writer>>,
     ) -> Tree<'a> {
         Tree {
@@ -113,6 +115,7 @@ impl<'a> Tree<'a> {
             lent: None,
             open: RefCell::new(Vec::with_capacity(OPEN_DIRECTORIES)),
             times: DirectoryTimes::default(),
+            early,
             umask: umask(),
             summary: Summary {
                 is_exact: true,
@@ -318,6 +321,8 @@ impl<'a> Tree<'a> {
         if entry.size >= EARLY_WRITEBACK_BYTES {
             // Only a hint: the sync at the end waits for what is left.
             let _ = berth_sys::writeback::begin(&fd);
+        } else {
+            self.early.wrote(self.root.fd.as_fd());
         }
         Ok(())
     }

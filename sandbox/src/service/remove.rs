@@ -62,16 +62,24 @@ impl Inner {
     ) -> Result<()> {
         let enter = |name| stage.inspect(|stage| stage.enter(name));
         enter("kill");
-        self.settled(&container.id).await;
-        self.kill_container(container).await?;
-        enter("record");
-        match self
-            .container_event(&container.id, ContainerEvent::Remove)
-            .await
-        {
-            Ok(_) => {}
-            Err(error) if error.kind() == Kind::ContainerNotFound => return Ok(()),
-            Err(error) => return Err(error),
+        // A start that comes between the end of all processes and the record has its way first. A
+        // container starts once.
+        let mut may_have_started = true;
+        loop {
+            self.kill_container(container).await?;
+            enter("record");
+            match self
+                .container_event(&container.id, ContainerEvent::Remove)
+                .await
+            {
+                Ok(_) => break,
+                Err(error) if error.kind() == Kind::ContainerNotFound => return Ok(()),
+                Err(error) if error.kind() == Kind::WrongState && may_have_started => {
+                    may_have_started = false;
+                    enter("kill");
+                }
+                Err(error) => return Err(error),
+            }
         }
         crash::point("remove_container.record");
         enter("release");

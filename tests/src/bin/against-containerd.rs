@@ -2,18 +2,30 @@
 //! the same image, in the same network namespace, each on its own bridge.
 //!
 //! Arguments go to `berth-bench`; the default is `start -n 50`. `pull` is measured with the images
-//! of `berth_tests::bulk`, one after the other, or with the one that `--only` names.
+//! of `berth_tests::bulk`, one after the other, or with the one that `--only` names, on a file
+//! system of its own.
 
 use anyhow::{Context, Result, ensure};
 use berth_tests::host::Host;
 use berth_tests::{Format, Image, Node, Packing, eventually};
+use nix::mount::{MntFlags, MsFlags};
+use nix::sched::CloneFlags;
 use serde_json::json;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+/// Set where [`on_its_own_file_system`] has run.
+const INSIDE: &str = "BERTH_BENCH_INSIDE";
+
 fn main() -> Result<()> {
+    if std::env::args().nth(1).is_some_and(|what| what == "pull")
+        && std::env::var_os(INSIDE).is_none()
+    {
+        return on_its_own_file_system();
+    }
     let node = Node::start();
     let image = Image::builder(Format::Oci).base().build();
     let reference = node.registry().push("bench/base", "1", &image)?;
@@ -53,6 +65,56 @@ fn main() -> Result<()> {
     // Its bridge stays, as its plugins leave it.
     _ = node.host.run("ip", &["link", "del", "bench0"]);
     failed.map_or(Ok(()), Err)
+}
+
+/// Runs this program again with everything it writes on a fresh ext4 with a journal, as nodes have
+/// it. A machine's own may lack one, and ext4 without a journal makes every new file look at all
+/// inodes that were deleted in the last minutes: then pulls measure the removals before them.
+/// Source: kernel, `fs/ext4/ialloc.c`, `recently_deleted`.
+///
+/// The mount is in a namespace of its own and its file has no name any more: nothing can stay.
+fn on_its_own_file_system() -> Result<()> {
+    const BYTES: u64 = 32 << 30;
+    let dir = tempfile::tempdir_in("/var/tmp")?;
+    let (image, at) = (dir.path().join("ext4"), dir.path().join("mnt"));
+    File::create_new(&image)?.set_len(BYTES)?;
+    fs::create_dir(&at)?;
+    let run = |program: &str, words: &[&OsStr]| -> Result<String> {
+        let output = Command::new(program)
+            .args(words)
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot run {program}"))?;
+        ensure!(output.status.success(), "{program}: {}", output.status);
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let (image_word, at_word) = (image.as_os_str(), at.as_os_str());
+    // Nothing is left to be done while pulls are timed.
+    let options = "lazy_itable_init=0,lazy_journal_init=0";
+    run(
+        "mkfs.ext4",
+        &["-qFE".as_ref(), options.as_ref(), image_word],
+    )?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    run(
+        "mount",
+        &["-o".as_ref(), "loop".as_ref(), image_word, at_word],
+    )?;
+    let find = ["-no", "SOURCE", "--mountpoint"].map(OsStr::new);
+    let device = run("findmnt", &[&find[..], &[at_word]].concat())?;
+    // Written once and not twice, where the file system below can do that.
+    _ = run("losetup", &["--direct-io=on".as_ref(), device.as_ref()]);
+    fs::remove_file(&image)?;
+    let status = Command::new(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env("BERTH_TEST_DIR", &at)
+        .env(INSIDE, "1")
+        .status()?;
+    nix::mount::umount2(&at, MntFlags::MNT_DETACH)?;
+    ensure!(status.success(), "the measurement: {status}");
+    Ok(())
 }
 
 /// Takes `--only NAME` out of the arguments: one of the images instead of all.
@@ -193,7 +255,7 @@ impl Drop for Containerd {
             .filter_map(|line| line.split(' ').nth(4))
         {
             if Path::new(point).starts_with(&self.state) {
-                _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
+                _ = nix::mount::umount2(point, MntFlags::MNT_DETACH);
             }
         }
     }

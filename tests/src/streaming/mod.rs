@@ -5,6 +5,7 @@
 //! They block, with a thread that reads per connection. Like Kubernetes' own clients they
 //! do not know windows, unless asked to.
 
+mod events;
 mod socket;
 pub mod spdy;
 pub mod websocket;
@@ -14,10 +15,11 @@ use anyhow::{Context, Result, bail, ensure};
 use berth_proto::runtime_v1 as cri;
 use serde_json::Value;
 use std::cell::RefCell;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 use tonic::Status;
 
+pub use events::Events;
 pub use socket::{Refused, Url};
 
 /// Nothing is silent for this long when all is well.
@@ -27,6 +29,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub enum Event {
     Data(bytes::Bytes),
+    /// As many bytes as were to be counted, see [`Events::count`].
+    Counted,
     /// The server ended its side.
     End,
     /// The server broke the stream off.
@@ -193,13 +197,13 @@ pub struct Command {
 
 /// Where bytes come out.
 pub struct Output {
-    events: Receiver<Event>,
+    events: Events,
     /// What came behind a text that was waited for.
     behind: RefCell<Vec<u8>>,
 }
 
-impl From<Receiver<Event>> for Output {
-    fn from(events: Receiver<Event>) -> Self {
+impl From<Events> for Output {
+    fn from(events: Events) -> Self {
         let behind = RefCell::default();
         Self { events, behind }
     }
@@ -387,10 +391,21 @@ impl Output {
             Ok(Event::Data(bytes)) => Ok(Some(bytes)),
             Ok(Event::End | Event::Gone(Some(1000))) => Ok(None),
             Ok(Event::Reset) => bail!("the server reset the stream"),
+            Ok(Event::Counted) => bail!("bytes that were only counted"),
             Ok(Event::Gone(code)) => bail!("the connection is gone, code {code:?}"),
             Err(RecvTimeoutError::Timeout) => bail!("nothing for {PATIENCE:?}"),
             Err(RecvTimeoutError::Disconnected) => bail!("after the end"),
         }
+    }
+
+    /// Waits for exactly as many bytes, see [`Events::count`].
+    ///
+    /// # Errors
+    /// More come, or it breaks.
+    pub fn count(&self, bytes: usize) -> Result<()> {
+        let behind = self.behind.take().len();
+        let left = bytes.checked_sub(behind).context("too many bytes")?;
+        self.events.count(left)
     }
 
     /// What comes next, whatever it is.

@@ -1,5 +1,6 @@
 //! A SPDY/3.1 client.
 
+use super::events::{self, Events, Sink};
 use super::socket::{self, Envelope, Socket, Tunnel};
 use super::{Event, PATIENCE};
 use anyhow::{Context, Result, bail};
@@ -10,11 +11,7 @@ use bytes::BytesMut;
 use std::collections::HashMap;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-
-/// How many pieces may wait for a reader before the connection is read no further.
-const QUEUE: usize = 1024;
 
 /// Longest payload of one frame.
 const FRAME_BYTES: usize = 64 << 10;
@@ -53,7 +50,7 @@ struct Streams {
 
 struct Open {
     replied: Option<bool>,
-    events: SyncSender<Event>,
+    events: Sink,
 }
 
 fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -127,7 +124,7 @@ impl Connection {
     ///
     /// # Errors
     /// It is refused, or the connection is gone.
-    pub fn stream(&self, headers: &[(&str, &str)]) -> Result<(Sender, Receiver<Event>)> {
+    pub fn stream(&self, headers: &[(&str, &str)]) -> Result<(Sender, Events)> {
         let (sender, events) = self.begin(headers)?;
         let shared = self.shared();
         let (mut streams, waited) = shared
@@ -159,9 +156,9 @@ impl Connection {
     ///
     /// # Errors
     /// The connection is gone.
-    pub fn begin(&self, headers: &[(&str, &str)]) -> Result<(Sender, Receiver<Event>)> {
+    pub fn begin(&self, headers: &[(&str, &str)]) -> Result<(Sender, Events)> {
         let shared = self.shared();
-        let (sender, events) = mpsc::sync_channel(QUEUE);
+        let (sender, events) = events::queue();
         let mut out = lock(&shared.out);
         let id = {
             let mut streams = lock(&shared.streams);
@@ -252,7 +249,7 @@ impl Shared {
         drop(streams);
         self.replied.notify_all();
         for events in all {
-            let _ = events.send(Event::Gone(None));
+            events.send(Event::Gone(None));
         }
     }
 
@@ -312,10 +309,10 @@ impl Shared {
             .map(|open| open.events.clone());
         let Some(events) = events else { return };
         if !matches!(&event, Event::Data(bytes) if bytes.is_empty()) {
-            let _ = events.send(event);
+            events.send(event);
         }
         if fin {
-            let _ = events.send(Event::End);
+            events.send(Event::End);
             // Kept open: the other direction may go on.
         }
     }

@@ -1,6 +1,7 @@
 //! A WebSocket client that speaks Kubernetes' channels.
 
 use super::Event;
+use super::events::{self, Events, Sink};
 use super::socket::{self, Socket, masked};
 use anyhow::Result;
 use berth_cri_server::wire::base64_stream;
@@ -8,10 +9,7 @@ use berth_cri_server::wire::channels::{self, Protocol, Said};
 use berth_cri_server::wire::websocket::{Decoder, Event as Frame, Kind};
 use bytes::BytesMut;
 use std::net::TcpStream;
-use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-const QUEUE: usize = 1024;
 
 /// The headers of a handshake.
 pub fn headers(protocol: &str) -> Vec<(&str, &str)> {
@@ -54,11 +52,7 @@ impl Connection {
     ///
     /// # Errors
     /// The server refuses.
-    pub fn open(
-        url: &str,
-        protocol: &str,
-        channels: usize,
-    ) -> Result<(Self, Vec<Receiver<Event>>)> {
+    pub fn open(url: &str, protocol: &str, channels: usize) -> Result<(Self, Vec<Events>)> {
         let socket = Socket::upgrade(url, "GET", &headers(protocol))?;
         let reading = socket.stream.try_clone()?;
         let base64 = protocol.contains("base64");
@@ -70,8 +64,7 @@ impl Connection {
                 close_signal: protocol.starts_with("v5"),
             },
         });
-        let (senders, receivers): (Vec<_>, Vec<_>) =
-            (0..channels).map(|_| mpsc::sync_channel(QUEUE)).unzip();
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..channels).map(|_| events::queue()).unzip();
         let reader = shared.clone();
         std::thread::Builder::new()
             .name("websocket-client".into())
@@ -101,7 +94,7 @@ impl Connection {
 }
 
 impl Shared {
-    fn read(&self, mut from: TcpStream, mut buffer: BytesMut, channels: &[SyncSender<Event>]) {
+    fn read(&self, mut from: TcpStream, mut buffer: BytesMut, channels: &[Sink]) {
         let mut decoder = Decoder::client();
         // The server sends no close signals.
         let protocol = Protocol {
@@ -119,8 +112,7 @@ impl Shared {
                 Ok(Some(frame)) => match messages.event(frame) {
                     Ok(Some(Said::Data { channel, bytes })) => {
                         if let Some(events) = channels.get(usize::from(channel)) {
-                            // A reader that is gone does not care.
-                            let _ = events.send(Event::Data(bytes));
+                            events.send(Event::Data(bytes));
                         }
                     }
                     Ok(_) => {}
@@ -137,7 +129,7 @@ impl Shared {
             }
         }
         for events in channels {
-            let _ = events.send(Event::Gone(code));
+            events.send(Event::Gone(code));
         }
         // Answers a close with a close of the socket, as clients do.
         socket::kill(&self.socket);

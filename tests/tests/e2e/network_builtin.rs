@@ -12,6 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 fn with_host_port(
     node: &Node,
@@ -79,7 +80,12 @@ fn a_host_port_of_sctp_leads_to_its_pod() {
     let server = std::thread::spawn(move || {
         for _ in 0..2 {
             let stream = rustix::net::accept(&listener).unwrap();
-            TcpStream::from(stream).write_all(b"hello").unwrap();
+            // Its end is no goodbye that somebody has to answer: that would keep the pod's namespace.
+            rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+            let mut stream = TcpStream::from(stream);
+            stream.write_all(b"hello").unwrap();
+            // Until the client has closed.
+            let _ = stream.read(&mut [0; 1]);
         }
     });
     for host in ["127.0.0.1", "198.18.0.1"] {

@@ -1,6 +1,6 @@
 //! The process that writes one layer.
 
-use super::super::{Parents, Summary, Target, UnpackError, recipe, unpack};
+use super::super::{Early, Parents, Summary, Target, UnpackError, recipe, unpack};
 use super::said::{Outcome, Said};
 use super::{ASK, ApartError, Below, LENGTH_BYTES, Order, VIEW};
 use crate::digest::Digest;
@@ -106,11 +106,13 @@ fn write(
         count += 1;
         count.to_string()
     };
+    let early = Early::default();
     let target = Target {
         root: rustix::io::fcntl_dupfd_cloexec(root, 0).map_err(failed("open"))?,
         attic: attic.as_fd(),
         attic_names: &mut attic_names,
         parents,
+        early: &early,
         recipe: fresh(notes).map_err(failed("write the recipe of"))?,
     };
     unpack(

@@ -1,0 +1,145 @@
+//! Bytes that go from one socket to another without being looked at: the kernel hands their pages
+//! on, by way of a pipe.
+//!
+//! Source: splice(2), pipe(7); it takes no page of a socket that it cannot give on.
+
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use rustix::pipe::{PipeFlags, SpliceFlags};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+/// How much the pipe may hold, in bytes; where the kernel allows less, it is what it allows.
+const BYTES: usize = 1 << 20;
+
+/// On the way from one socket to another. One task fills and empties it.
+pub struct Pipe {
+    from: OwnedFd,
+    to: OwnedFd,
+}
+
+impl Pipe {
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new() -> io::Result<Self> {
+        let (from, to) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        // The default is as good, only slower.
+        let _ = rustix::pipe::fcntl_setpipe_size(&to, BYTES);
+        Ok(Self { from, to })
+    }
+
+    /// Takes up to `most` bytes that have come on `socket`; 0 at its end. The pipe has to be empty.
+    /// Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn fill(&self, socket: &TcpStream, most: usize) -> io::Result<usize> {
+        ready(socket, Interest::READABLE, || {
+            splice(socket, &self.to, most, SpliceFlags::MOVE)
+        })
+        .await
+    }
+
+    /// Sends `head` and then `bytes`, which the pipe holds. Dropping the future may lose some.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn empty(&self, socket: &TcpStream, head: &[u8], mut bytes: usize) -> io::Result<()> {
+        let mut head = head;
+        while !head.is_empty() {
+            // They go out together.
+            let flags = SendFlags::MORE | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            let sent = ready(socket, Interest::WRITABLE, || {
+                rustix::io::retry_on_intr(|| rustix::net::send(socket, head, flags))
+                    .map_err(io::Error::from)
+            })
+            .await?;
+            head = &head[sent..];
+        }
+        while bytes > 0 {
+            let sent = ready(socket, Interest::WRITABLE, || {
+                splice(&self.from, socket, bytes, SpliceFlags::MOVE)
+            })
+            .await?;
+            if sent == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            bytes -= sent;
+        }
+        Ok(())
+    }
+}
+
+fn splice(from: impl AsFd, to: impl AsFd, most: usize, flags: SpliceFlags) -> io::Result<usize> {
+    let flags = flags | SpliceFlags::NONBLOCK;
+    let moved = rustix::io::retry_on_intr(|| {
+        rustix::pipe::splice(from.as_fd(), None, to.as_fd(), None, most, flags)
+    });
+    moved.map_err(|error: Errno| error.into())
+}
+
+/// Has `work` done once `socket` is ready for it.
+async fn ready<T>(
+    socket: &TcpStream,
+    interest: Interest,
+    mut work: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    socket.async_io(interest, &mut work).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    async fn joined() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (here, there) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (here.unwrap(), there.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn all_bytes_arrive_in_order_and_so_does_the_end() {
+        let (mut writer, from) = joined().await;
+        let (to, mut reader) = joined().await;
+        let sent: Vec<u8> = (0..5_000_001_u32).map(|at| (at / 7) as u8).collect();
+        let expected = sent.clone();
+        let writing = tokio::spawn(async move { writer.write_all(&sent).await });
+        let between = tokio::spawn(async move {
+            let pipe = Pipe::new().unwrap();
+            loop {
+                match pipe.fill(&from, 200_000).await.unwrap() {
+                    0 => return,
+                    bytes => pipe.empty(&to, &[], bytes).await.unwrap(),
+                }
+            }
+        });
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).await.unwrap();
+        assert!(got == expected);
+        writing.await.unwrap().unwrap();
+        between.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_nobody_reads_says_so() {
+        let (mut writer, from) = joined().await;
+        let (to, reader) = joined().await;
+        reader.set_zero_linger().unwrap();
+        drop(reader);
+        writer.write_all(&[1; 100_000]).await.unwrap();
+        let pipe = Pipe::new().unwrap();
+        let outcome = loop {
+            let bytes = pipe.fill(&from, 1000).await.unwrap();
+            if let Err(error) = pipe.empty(&to, &[], bytes).await {
+                break error.kind();
+            }
+        };
+        let broke = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+        assert!(broke.contains(&outcome), "{outcome:?}");
+    }
+}
