@@ -247,7 +247,7 @@ impl Inner {
                 // It never began: nothing is to be killed.
                 monitor.forget_exec(&session.control.exec_id);
             }
-            super::start_container::launch_error(error, "cannot exec")
+            super::start_container::launch_error(error, "cannot exec", container.selinux.as_ref())
         })?;
         let misfit = || SandboxError::new(Kind::Internal, "the monitor's answer does not fit");
         if !matches!(answer, reply::Body::Started(_)) {

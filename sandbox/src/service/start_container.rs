@@ -13,6 +13,7 @@ use crate::oci;
 use crate::operation::{Stage, lock};
 use crate::pod::PodRecord;
 use crate::pod_spec::{Namespace, PidMode};
+use crate::selinux::Labels;
 use berth_proto::monitor_v1::{self, feature, reply, request};
 use berth_store::crash;
 use std::collections::BTreeMap;
@@ -149,7 +150,13 @@ impl Inner {
         let (answer, _) = monitor
             .ask_within(request::Body::Launch(message), fds, hooks.longest_start())
             .await
-            .map_err(|error| launch_error(error, "cannot start the container"))?;
+            .map_err(|error| {
+                launch_error(
+                    error,
+                    "cannot start the container",
+                    container.selinux.as_ref(),
+                )
+            })?;
         crash::point("start_container.launched");
         if foreign {
             self.settle_limits(container).await;
@@ -428,8 +435,12 @@ impl Drop for Launching<'_> {
     }
 }
 
-/// A monitor's refusal as a user understands it.
-pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
+/// A monitor's refusal as a user understands it. `labels` are the container's.
+pub(super) fn launch_error(
+    error: MonitorError,
+    text: &str,
+    labels: Option<&Labels>,
+) -> SandboxError {
     const ENOENT: i32 = rustix::io::Errno::NOENT.raw_os_error();
     const EACCES: i32 = rustix::io::Errno::ACCESS.raw_os_error();
     const ENOEXEC: i32 = rustix::io::Errno::NOEXEC.raw_os_error();
@@ -455,11 +466,21 @@ pub(super) fn launch_error(error: MonitorError, text: &str) -> SandboxError {
             _ => "",
         };
         if !why.is_empty() {
-            let text = match detail.contains("PATH") {
+            let mut text = match detail.contains("PATH") {
                 // It says so itself.
                 true => format!("{text}: {stage}: {detail}"),
                 false => format!("{text}: {stage}: {detail}: {why}"),
             };
+            // The policy's refusal is the same errno.
+            if let Some(labels) = labels
+                && (stage.as_str(), *errno) == ("exec", EACCES)
+                && !labels.process.is_empty()
+            {
+                text += &format!(
+                    "; or SELinux does not let Berth run it as {} (see its audit log)",
+                    labels.process
+                );
+            }
             return SandboxError::new(Kind::Missing, text);
         }
     }
@@ -484,15 +505,16 @@ mod tests {
 
     #[test]
     fn a_program_that_cannot_be_run_says_why() {
-        let refused = |stage: &str, errno, detail: &str| {
+        let labelled = |stage: &str, errno, detail: &str, labels: Option<Labels>| {
             let error = MonitorError::Refused {
                 stage: stage.into(),
                 errno,
                 detail: detail.into(),
                 not_found: false,
             };
-            launch_error(error, "cannot start the container").chain()
+            launch_error(error, "cannot start the container", labels.as_ref()).chain()
         };
+        let refused = |stage: &str, errno, detail: &str| labelled(stage, errno, detail, None);
         assert!(
             refused("exec", 2, "/foo").contains("exec: /foo: no such file in the image"),
             "{}",
@@ -503,6 +525,16 @@ mod tests {
                 .ends_with("exec: foo: not found in $PATH")
         );
         assert!(refused("exec", 8, "/foo").contains("another architecture"));
+        assert!(!refused("exec", 13, "/foo").contains("SELinux"));
+        let labels = Labels {
+            process: "system_u:system_r:container_t:s0:c1,c2".into(),
+            mount: "system_u:object_r:container_file_t:s0:c1,c2".into(),
+        };
+        let said = labelled("exec", 13, "/foo", Some(labels));
+        assert!(
+            said.contains("may run; or SELinux") && said.contains("container_t:s0:c1,c2"),
+            "{said}"
+        );
         assert!(refused("mount", 2, "/x").starts_with("cannot start the container: mount /x: "));
     }
 }
