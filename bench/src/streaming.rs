@@ -17,7 +17,7 @@
 //! Source: k8s.io/apimachinery `httpstream/spdy`, `connection.Close`; containerd 1.6,
 //! `pkg/cri/io/exec_io.go`, `pkg/cri/streaming`, `sandbox_portforward_linux.go`.
 
-use super::{Pod, Runtime, Times, cri, milliseconds, remove, run_pod};
+use super::{Pod, Runtime, Times, cri, milliseconds, pod_config, remove, run_pod, run_pod_as};
 use anyhow::{Context as _, Result, ensure};
 use berth_tests::streaming::{Command, Ended, Forwarder, Output, Transport, Wanted, websocket};
 use clap::Args;
@@ -116,7 +116,13 @@ pub async fn time_forward(
     round: usize,
     options: &Streams,
 ) -> Result<Times> {
-    let pod = run_pod(runtime, &format!("port-forward-{round}")).await?;
+    let mut config = pod_config(runtime, &format!("port-forward-{round}"));
+    // A new namespace has the machine's; see `against-containerd`.
+    if let Some(linux) = &mut config.linux {
+        let name = "net.ipv4.tcp_congestion_control".to_owned();
+        linux.sysctls.insert(name, "reno".into());
+    }
+    let pod = run_pod_as(runtime, config).await?;
     let bytes = options.bytes();
     let word = |words: [String; 3]| format!("sh -c '{}'", words[2]);
     let script = format!(

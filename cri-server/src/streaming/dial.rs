@@ -57,6 +57,7 @@ pub async fn dial(network: &PodNetwork, port: u16) -> Result<TcpStream, DialErro
 }
 
 async fn connect(socket: OwnedFd, address: SocketAddr) -> io::Result<TcpStream> {
+    super::transport::unpaced(&socket);
     let socket = TcpSocket::from_std_stream(socket.into());
     let stream = tokio::time::timeout(ACCEPT, socket.connect(address))
         .await

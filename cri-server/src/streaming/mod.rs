@@ -140,6 +140,9 @@ impl Streaming {
         let tls = settings.tls.clone().map(Tls::open).transpose()?;
         let listener = TcpListener::bind(settings.address).await.map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
+        if address.ip().is_loopback() {
+            transport::unpaced(&listener);
+        }
         let server = Self {
             address,
             idle_timeout: settings.idle_timeout,

@@ -3,12 +3,22 @@
 use super::watch::Watch;
 
 use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio_rustls::server::TlsStream;
+
+/// Has what goes over a connection within this node go out at once. A node may have BBR for its
+/// traffic outside, which paces: there is nothing on the way that this would help. What a listener
+/// is told its connections have too.
+/// Source: tcp(7), TCP_CONGESTION; Linux `tcp_bbr.c`; reno is in every kernel and for everyone.
+pub fn unpaced(socket: impl AsFd) {
+    // Without it, it is slower and no less right.
+    let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
+}
 
 /// Where a connection's bytes come from.
 pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
