@@ -1,6 +1,6 @@
 //! A stream of bytes in both directions, whichever protocol carries it.
 
-use super::inbox::Broken;
+use super::inbox::{Broken, Through};
 use super::link::Gone;
 use super::{spdy, websocket};
 use bytes::Bytes;
@@ -42,6 +42,14 @@ impl Channel {
         match self {
             Self::Spdy(stream) => stream.close().await,
             Self::WebSocket(_) => Ok(()),
+        }
+    }
+
+    /// See [`Inbox::pass`](super::inbox::Inbox::pass).
+    pub fn pass(&self, pass: Option<Through>) {
+        match self {
+            Self::Spdy(stream) => stream.pass(pass),
+            Self::WebSocket(channel) => channel.pass(pass),
         }
     }
 

@@ -16,11 +16,12 @@ use super::websocket::WebSocket;
 use crate::rpc;
 use crate::wire::spdy::Reset;
 use berth_sandbox::service::Sandboxes;
+use rustix::net::Shutdown;
 use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -142,15 +143,15 @@ async fn forward(sandboxes: &Sandboxes, pod: &str, port: u16, data: Stream, erro
 }
 
 /// Copies both ways until both are over.
-async fn join(mut connection: TcpStream, data: &Channel) {
+async fn join(connection: TcpStream, data: &Channel) {
     // Whatever ends this early, the program is to see a connection that broke, not one
     // that ended; nor may bytes it does not read keep the connection.
     let _ = connection.set_zero_linger();
-    let (from, to) = connection.split();
+    let connection = Arc::new(connection);
     // One way that breaks ends the other.
-    let outcome = tokio::try_join!(towards_pod(data, to), from_pod(from, data));
+    let outcome = tokio::try_join!(towards_pod(data, &connection), from_pod(&connection, data));
     if outcome.is_ok() {
-        let _ = rustix::net::sockopt::set_socket_linger(&connection, None);
+        let _ = rustix::net::sockopt::set_socket_linger(&*connection, None);
     } else if let Channel::Spdy(stream) = data {
         // Channels of a WebSocket have no way to say it.
         stream.reset(Reset::Cancel);
@@ -160,11 +161,26 @@ async fn join(mut connection: TcpStream, data: &Channel) {
 /// The connection broke, or the client broke its stream off.
 struct Broke;
 
-async fn towards_pod(data: &Channel, mut to: WriteHalf<'_>) -> Result<(), Broke> {
+/// Nothing goes through any more once this is gone.
+struct Passing<'a>(&'a Channel);
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        self.0.pass(None);
+    }
+}
+
+async fn towards_pod(data: &Channel, to: &Arc<TcpStream>) -> Result<(), Broke> {
+    let _passing = Passing(data);
+    let direct = to.clone();
+    // What does not go, for whatever reason, is for the loop below.
+    data.pass(Some(Box::new(move |bytes| {
+        direct.try_write(bytes).unwrap_or(0)
+    })));
     loop {
         match data.read().await {
             Ok(Some(bytes)) => {
-                if to.write_all(&bytes).await.is_err() {
+                if write_all(to, &bytes).await.is_err() {
                     // It reads no more, but what it wrote before is still worth having:
                     // the other way ends when that is through.
                     data.discard();
@@ -172,8 +188,8 @@ async fn towards_pod(data: &Channel, mut to: WriteHalf<'_>) -> Result<(), Broke>
                 }
             }
             Ok(None) => {
-                // Shuts down the writing side: half-close. Gone already is as good.
-                let _ = to.shutdown().await;
+                // Half-close. Gone already is as good.
+                let _ = rustix::net::shutdown(&**to, Shutdown::Write);
                 return Ok(());
             }
             Err(_) => return Err(Broke),
@@ -181,10 +197,32 @@ async fn towards_pod(data: &Channel, mut to: WriteHalf<'_>) -> Result<(), Broke>
     }
 }
 
-async fn from_pod(mut from: ReadHalf<'_>, data: &Channel) -> Result<(), Broke> {
+async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        to.writable().await?;
+        match to.try_write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn read(from: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        from.readable().await?;
+        match from.try_read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => return read,
+        }
+    }
+}
+
+async fn from_pod(from: &TcpStream, data: &Channel) -> Result<(), Broke> {
     let mut buffer = Buffer::default();
     loop {
-        match from.read(buffer.space()).await {
+        match read(from, buffer.space()).await {
             Ok(0) => return data.close().await.map_err(|_| Broke),
             Ok(length) => {
                 data.write(buffer.filled(length)).await.map_err(|_| Broke)?;
@@ -194,7 +232,7 @@ async fn from_pod(mut from: ReadHalf<'_>, data: &Channel) -> Result<(), Broke> {
                     && stream.can_splice().await
                     && let Ok(pipe) = Pipe::new()
                 {
-                    return splice_from_pod(&from, stream, &pipe).await;
+                    return splice_from_pod(from, stream, &pipe).await;
                 }
             }
             Err(_) => return Err(Broke),
@@ -203,9 +241,9 @@ async fn from_pod(mut from: ReadHalf<'_>, data: &Channel) -> Result<(), Broke> {
 }
 
 /// As [`from_pod`], with bytes that nobody looks at.
-async fn splice_from_pod(from: &ReadHalf<'_>, stream: &Stream, pipe: &Pipe) -> Result<(), Broke> {
+async fn splice_from_pod(from: &TcpStream, stream: &Stream, pipe: &Pipe) -> Result<(), Broke> {
     loop {
-        match pipe.fill(from.as_ref(), FRAME_BYTES).await {
+        match pipe.fill(from, FRAME_BYTES).await {
             Ok(0) => return stream.close().await.map_err(|_| Broke),
             Ok(length) => stream.splice(pipe, length).await.map_err(|_| Broke)?,
             Err(_) => return Err(Broke),

@@ -1,6 +1,6 @@
 //! What has come for one stream and was not taken yet.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -18,6 +18,18 @@ const COPIED_BELOW: usize = 16 << 10;
 #[error("the client has broken the stream off")]
 pub struct Broken;
 
+/// Takes bytes at once, as many as it can without waiting, and says how many.
+pub type Through = Box<dyn Fn(&[u8]) -> usize + Send>;
+
+/// What became of bytes that were put in. The rest was forgotten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pushed {
+    /// They wait here.
+    pub kept: usize,
+    /// They went through.
+    pub through: usize,
+}
+
 /// Bytes for one stream. One task puts them in, one takes them out.
 #[derive(Default)]
 pub struct Inbox {
@@ -34,6 +46,10 @@ struct State {
     end: Option<End>,
     /// Nobody will read: what comes is forgotten.
     discard: bool,
+    /// Whoever reads has nothing in hand and waits.
+    waiting: bool,
+    /// Where bytes go that whoever reads would only pass on.
+    through: Option<Through>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -47,13 +63,26 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts bytes in; false where they were forgotten at once.
-    pub fn push(&self, bytes: Bytes) -> bool {
+    /// Puts bytes in.
+    pub fn push(&self, mut bytes: Bytes) -> Pushed {
         let mut state = self.state();
         if state.discard || state.end.is_some() {
-            return false;
+            return Pushed::default();
         }
-        state.bytes += bytes.len();
+        let mut through = 0;
+        if state.waiting
+            && state.bytes == 0
+            && let Some(pass) = &state.through
+        {
+            // Whoever reads is spared a wake-up, and the bytes another processor's cache.
+            through = pass(&bytes);
+            bytes.advance(through);
+            if bytes.is_empty() {
+                return Pushed { kept: 0, through };
+            }
+        }
+        let kept = bytes.len();
+        state.bytes += kept;
         if bytes.len() < COPIED_BELOW {
             state.tail.extend_from_slice(&bytes);
             if state.tail.len() >= COPIED_BELOW {
@@ -69,7 +98,14 @@ impl Inbox {
         }
         drop(state);
         self.readable.notify_one();
-        true
+        Pushed { kept, through }
+    }
+
+    /// Bytes go through `pass` from now on, as long as none wait here and somebody waits in
+    /// [`Inbox::read`]; with `None` they no longer do. Whoever reads does with bytes what `pass`
+    /// does, and is told of an end.
+    pub fn pass(&self, pass: Option<Through>) {
+        self.state().through = pass;
     }
 
     /// Whether as much waits here as may.
@@ -117,12 +153,13 @@ impl Inbox {
                 };
                 if let Some(bytes) = state.chunks.pop_front().or_else(|| tail(&mut state)) {
                     state.bytes -= bytes.len();
+                    state.waiting = false;
                     return Ok(Some(bytes));
                 }
                 match state.end {
                     Some(End::Orderly) => return Ok(None),
                     Some(End::Broken) => return Err(Broken),
-                    None => {}
+                    None => state.waiting = true,
                 }
             }
             readable.await;
@@ -149,10 +186,11 @@ mod tests {
         for (round, size) in [1, 20_000, 3, 16_384, 16_383, 5].into_iter().enumerate() {
             let piece = vec![round as u8; size];
             expected.extend_from_slice(&piece);
-            assert!(inbox.push(piece.into()));
+            let kept = piece.len();
+            assert_eq!(inbox.push(piece.into()), Pushed { kept, through: 0 });
         }
         inbox.end();
-        assert!(!inbox.push(Bytes::from_static(b"late")));
+        assert_eq!(inbox.push(Bytes::from_static(b"late")), Pushed::default());
         let mut got = Vec::new();
         while let Some(bytes) = inbox.read().await.unwrap() {
             got.extend_from_slice(&bytes);
@@ -175,8 +213,47 @@ mod tests {
         let inbox = Inbox::default();
         inbox.push(Bytes::from_static(b"abc"));
         assert_eq!(inbox.discard(), 3);
-        assert!(!inbox.push(Bytes::from_static(b"def")));
+        assert_eq!(inbox.push(Bytes::from_static(b"def")), Pushed::default());
         inbox.end();
         assert_eq!(inbox.read().await, Ok(None));
+    }
+
+    #[tokio::test]
+    async fn bytes_go_through_only_while_somebody_waits_and_none_are_left() {
+        let inbox = Inbox::default();
+        let gone = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let taking = gone.clone();
+        // Takes three at a time.
+        inbox.pass(Some(Box::new(move |bytes| {
+            let taken = &bytes[..bytes.len().min(3)];
+            taking.lock().unwrap().extend_from_slice(taken);
+            taken.len()
+        })));
+        let kept = |kept, through| Pushed { kept, through };
+        assert_eq!(inbox.push(Bytes::from_static(b"ab")), kept(2, 0));
+        assert_eq!(inbox.read().await, Ok(Some(Bytes::from_static(b"ab"))));
+        // It has these in hand now.
+        assert_eq!(inbox.push(Bytes::from_static(b"cd")), kept(2, 0));
+        assert_eq!(inbox.read().await, Ok(Some(Bytes::from_static(b"cd"))));
+        let mut reading = std::pin::pin!(inbox.read());
+        assert!(futures_now(reading.as_mut()).is_none());
+        assert_eq!(inbox.push(Bytes::from_static(b"ef")), kept(0, 2));
+        assert_eq!(inbox.push(Bytes::from_static(b"ghij")), kept(1, 3));
+        assert_eq!(inbox.push(Bytes::from_static(b"kl")), kept(2, 0));
+        assert_eq!(reading.await, Ok(Some(Bytes::from_static(b"jkl"))));
+        assert_eq!(*gone.lock().unwrap(), b"efghi");
+        let mut reading = std::pin::pin!(inbox.read());
+        assert!(futures_now(reading.as_mut()).is_none());
+        inbox.pass(None);
+        assert_eq!(inbox.push(Bytes::from_static(b"m")), kept(1, 0));
+    }
+
+    /// What a future has at once.
+    fn futures_now<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        match future.poll(&mut context) {
+            std::task::Poll::Ready(value) => Some(value),
+            std::task::Poll::Pending => None,
+        }
     }
 }

@@ -6,7 +6,7 @@
 //! the next frame, or by a task that does only this, so that who reads the connection
 //! never waits for who writes it.
 
-use super::inbox::Inbox;
+use super::inbox::{Inbox, Pushed};
 use super::splice::Pipe;
 use super::transport::Writer;
 use super::watch::Watch;
@@ -241,11 +241,10 @@ impl Link {
     }
 
     /// Puts `bytes` into `inbox`; where that is full, waits until somebody has read.
-    /// True where somebody will read them.
     ///
     /// # Errors
     /// The client has left, though what it sent was not read to the end.
-    pub async fn deliver(&self, inbox: &Inbox, bytes: bytes::Bytes) -> Result<bool, Gone> {
+    pub async fn deliver(&self, inbox: &Inbox, bytes: bytes::Bytes) -> Result<Pushed, Gone> {
         let mut heard = Instant::now();
         while inbox.is_full() || self.held.load(Ordering::Relaxed) >= HELD_BYTES {
             tokio::select! {
@@ -262,12 +261,9 @@ impl Link {
                 }
             }
         }
-        let length = bytes.len();
-        let kept = inbox.push(bytes);
-        if kept {
-            self.held.fetch_add(length, Ordering::Relaxed);
-        }
-        Ok(kept)
+        let pushed = inbox.push(bytes);
+        self.held.fetch_add(pushed.kept, Ordering::Relaxed);
+        Ok(pushed)
     }
 
     fn heartbeat(&self) {

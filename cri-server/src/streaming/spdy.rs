@@ -11,7 +11,7 @@
 //! the clients of Kubernetes (moby/spdystream) never open theirs, and would otherwise
 //! get 64 KiB and no more. What they may send is bounded by not reading on.
 
-use super::inbox::{Broken, INBOX_BYTES, Inbox};
+use super::inbox::{Broken, INBOX_BYTES, Inbox, Pushed, Through};
 use super::link::{Gone, Link};
 use super::source::Source;
 use super::splice::Pipe;
@@ -245,8 +245,10 @@ impl Shared {
             self.credit(length);
             return Ok(());
         };
-        if length > 0 && !self.link.deliver(&entry.inbox, bytes).await? {
-            self.credit(length);
+        if length > 0 {
+            let Pushed { kept, through } = self.link.deliver(&entry.inbox, bytes).await?;
+            self.credit(length - kept);
+            self.stream_credit(&entry, through);
         }
         if fin {
             self.remote_end(&entry);
@@ -366,6 +368,11 @@ impl Shared {
 
     fn stream_read(&self, entry: &Entry, bytes: usize) {
         self.session_read(bytes);
+        self.stream_credit(entry, bytes);
+    }
+
+    /// The client may send as many more on the stream.
+    fn stream_credit(&self, entry: &Entry, bytes: usize) {
         let mut state = lock(&entry.state);
         state.read = state.read.saturating_add(bytes as u32);
         if state.read >= WINDOW / 2 && !state.remote_ended && !state.reset {
@@ -413,6 +420,11 @@ impl Stream {
             self.shared.stream_read(&self.entry, bytes.len());
         }
         Ok(bytes)
+    }
+
+    /// See [`Inbox::pass`].
+    pub fn pass(&self, pass: Option<Through>) {
+        self.entry.inbox.pass(pass);
     }
 
     /// Forgets what has come and will come.

@@ -1,6 +1,6 @@
 //! A WebSocket connection that carries Kubernetes' channels, as its server.
 
-use super::inbox::{Broken, Inbox};
+use super::inbox::{Broken, Inbox, Through};
 use super::link::{Gone, Link};
 use super::source::read;
 use super::transport::Reader;
@@ -172,6 +172,13 @@ impl Channel {
             .link
             .released(bytes.as_ref().map_or(0, Bytes::len));
         Ok(bytes)
+    }
+
+    /// See [`Inbox::pass`].
+    pub fn pass(&self, pass: Option<Through>) {
+        if let Some(inbox) = self.shared.inbox(self.number) {
+            inbox.pass(pass);
+        }
     }
 
     /// Forgets what has come and will come.
