@@ -10,6 +10,7 @@
 use super::channel::Channel;
 use super::dial::{DialError, dial};
 use super::fd::Buffer;
+use super::inbox::Through;
 use super::spdy::{FRAME_BYTES, Opened, Stream};
 use super::splice::Pipe;
 use super::websocket::WebSocket;
@@ -174,9 +175,10 @@ async fn towards_pod(data: &Channel, to: &Arc<TcpStream>) -> Result<(), Broke> {
     let _passing = Passing(data);
     let direct = to.clone();
     // What does not go, for whatever reason, is for the loop below.
-    data.pass(Some(Box::new(move |bytes| {
-        direct.try_write(bytes).unwrap_or(0)
-    })));
+    data.pass(Some(Through {
+        write: Box::new(move |bytes| direct.try_write(bytes).unwrap_or(0)),
+        socket: Some(to.clone()),
+    }));
     loop {
         match data.read().await {
             Ok(Some(bytes)) => {

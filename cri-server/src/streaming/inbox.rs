@@ -2,7 +2,8 @@
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 /// How much may wait in one stream before its connection is read no further, in bytes.
@@ -19,7 +20,14 @@ const COPIED_BELOW: usize = 16 << 10;
 pub struct Broken;
 
 /// Takes bytes at once, as many as it can without waiting, and says how many.
-pub type Through = Box<dyn Fn(&[u8]) -> usize + Send>;
+pub type Write = dyn Fn(&[u8]) -> usize + Send;
+
+/// Where bytes go that whoever reads would only pass on.
+pub struct Through {
+    pub write: Box<Write>,
+    /// The socket it writes to.
+    pub socket: Option<Arc<TcpStream>>,
+}
 
 /// What became of bytes that were put in. The rest was forgotten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,7 +56,6 @@ struct State {
     discard: bool,
     /// Whoever reads has nothing in hand and waits.
     waiting: bool,
-    /// Where bytes go that whoever reads would only pass on.
     through: Option<Through>,
 }
 
@@ -70,12 +77,9 @@ impl Inbox {
             return Pushed::default();
         }
         let mut through = 0;
-        if state.waiting
-            && state.bytes == 0
-            && let Some(pass) = &state.through
-        {
+        if let Some(pass) = state.passes() {
             // Whoever reads is spared a wake-up, and the bytes another processor's cache.
-            through = pass(&bytes);
+            through = (pass.write)(&bytes);
             bytes.advance(through);
             if bytes.is_empty() {
                 return Pushed { kept: 0, through };
@@ -106,6 +110,11 @@ impl Inbox {
     /// does, and is told of an end.
     pub fn pass(&self, pass: Option<Through>) {
         self.state().through = pass;
+    }
+
+    /// The socket that bytes go through to now. Only a push or an end changes that.
+    pub fn socket(&self) -> Option<Arc<TcpStream>> {
+        self.state().passes()?.socket.clone()
     }
 
     /// Whether as much waits here as may.
@@ -168,6 +177,11 @@ impl Inbox {
 }
 
 impl State {
+    fn passes(&self) -> Option<&Through> {
+        let passes = self.waiting && self.bytes == 0 && !self.discard && self.end.is_none();
+        self.through.as_ref().filter(|_| passes)
+    }
+
     fn forget(&mut self) -> usize {
         self.chunks.clear();
         self.tail = BytesMut::new();
@@ -221,14 +235,18 @@ mod tests {
     #[tokio::test]
     async fn bytes_go_through_only_while_somebody_waits_and_none_are_left() {
         let inbox = Inbox::default();
-        let gone = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let gone = Arc::new(Mutex::new(Vec::new()));
         let taking = gone.clone();
         // Takes three at a time.
-        inbox.pass(Some(Box::new(move |bytes| {
+        let write = move |bytes: &[u8]| {
             let taken = &bytes[..bytes.len().min(3)];
             taking.lock().unwrap().extend_from_slice(taken);
             taken.len()
-        })));
+        };
+        inbox.pass(Some(Through {
+            write: Box::new(write),
+            socket: None,
+        }));
         let kept = |kept, through| Pushed { kept, through };
         assert_eq!(inbox.push(Bytes::from_static(b"ab")), kept(2, 0));
         assert_eq!(inbox.read().await, Ok(Some(Bytes::from_static(b"ab"))));

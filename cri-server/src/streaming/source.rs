@@ -3,9 +3,9 @@
 use super::link::Link;
 use super::transport::Reader;
 use crate::wire::websocket::{self, Event, Kind};
-use bytes::BytesMut;
+use bytes::{BufMut as _, BytesMut};
 use std::io;
-use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
 
 /// How much is asked for at once, in bytes. Large enough that a copy of gigabytes is
 /// bound by the copying, not by waking up.
@@ -30,6 +30,28 @@ impl Source {
     pub fn tunnel(from: Reader, raw: BytesMut) -> Self {
         let decoder = websocket::Decoder::server();
         Self::Tunnel { from, decoder, raw }
+    }
+
+    /// The socket, where frames come as they are.
+    pub fn plain(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Plain(from) => from.plain(),
+            Self::Tunnel { .. } => None,
+        }
+    }
+
+    /// Adds at most `most` bytes to `buffer`, where frames come as they are; false at the end.
+    ///
+    /// # Errors
+    /// The connection broke; a tunnel.
+    pub async fn fill_short(&mut self, buffer: &mut BytesMut, most: usize) -> io::Result<bool> {
+        match self {
+            Self::Plain(from) => {
+                let read = from.read_buf(&mut buffer.limit(most)).await?;
+                Ok(read > 0)
+            }
+            Self::Tunnel { .. } => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Adds what has come to `buffer`; false at the end. Answers what WebSocket itself asks.

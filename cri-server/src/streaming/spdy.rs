@@ -19,6 +19,7 @@ use crate::wire::headers::Headers;
 use crate::wire::spdy::{self, Decoder, Encoder, Frame, INITIAL_WINDOW, Reset};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, mpsc};
@@ -35,6 +36,12 @@ const MAX_STREAMS: usize = 2048;
 /// Longest payload put into one frame, so that streams take turns.
 pub const FRAME_BYTES: usize = 256 << 10;
 
+/// From so much payload on, the rest of a frame may pass by, in bytes.
+const SPLICED_BYTES: usize = 16 << 10;
+
+/// A connection that brings so much at once is one to splice from, in bytes.
+const BUSY_BYTES: usize = 64 << 10;
+
 /// A connection; its streams come out of [`Opened`].
 #[derive(Clone)]
 pub struct Spdy(Arc<Shared>);
@@ -46,6 +53,16 @@ struct Shared {
     windows: Mutex<Windows>,
     /// The client has opened a window, or said how large they are.
     knows_windows: AtomicBool,
+    /// There was a stream whose bytes go on to a socket.
+    passes: AtomicBool,
+}
+
+/// How payload passes the daemon by.
+#[derive(Default)]
+struct Splicing {
+    pipe: Option<Pipe>,
+    /// What comes next may.
+    likely: bool,
 }
 
 #[derive(Default)]
@@ -110,6 +127,7 @@ impl Spdy {
             streams: Mutex::default(),
             windows: Mutex::new(windows),
             knows_windows: AtomicBool::new(false),
+            passes: AtomicBool::new(false),
         });
         shared.link.soon(|out| {
             spdy::settings(out, WINDOW, MAX_STREAMS as u32);
@@ -146,6 +164,7 @@ impl Shared {
         opened: &mpsc::UnboundedSender<Stream>,
     ) {
         let mut decoder = Decoder::default();
+        let mut splicing = Splicing::default();
         let wrong = loop {
             match decoder.next(&mut buffer) {
                 Ok(Some(frame)) => {
@@ -155,7 +174,7 @@ impl Shared {
                 }
                 Ok(None) => {
                     let filled = tokio::select! {
-                        filled = source.fill(&mut buffer, &self.link) => filled,
+                        filled = self.fill(&mut source, &mut buffer, &mut decoder, &mut splicing) => filled,
                         () = self.link.gone().cancelled() => break None,
                     };
                     match filled {
@@ -187,6 +206,63 @@ impl Shared {
         for entry in open.into_values() {
             self.broken_off(&entry);
         }
+    }
+
+    /// Reads what comes next into `buffer`, or past it to where it goes; false at the end.
+    async fn fill(
+        &self,
+        source: &mut Source,
+        buffer: &mut BytesMut,
+        decoder: &mut Decoder,
+        splicing: &mut Splicing,
+    ) -> io::Result<bool> {
+        let (id, left) = decoder.coming().unwrap_or_default();
+        let entry = (left >= SPLICED_BYTES).then(|| self.entry(id)).flatten();
+        let to = entry.as_ref().and_then(|entry| entry.inbox.socket());
+        if to.is_some() && splicing.pipe.is_none() {
+            splicing.pipe = Pipe::new().ok();
+        }
+        let (Some(from), Some(entry), Some(to), Some(pipe)) =
+            (source.plain(), entry, to, &splicing.pipe)
+        else {
+            // No further than to where payload that can be spliced may begin.
+            let short = (left + spdy::HEAD_BYTES).checked_sub(buffer.len());
+            if let Some(most) = short.filter(|most| *most > 0 && left < SPLICED_BYTES)
+                && std::mem::take(&mut splicing.likely)
+            {
+                return source.fill_short(buffer, most).await;
+            }
+            let before = buffer.len();
+            let more = source.fill(buffer, &self.link).await?;
+            let busy = buffer.len() - before >= BUSY_BYTES;
+            splicing.likely =
+                busy && source.plain().is_some() && self.passes.load(Ordering::Relaxed);
+            return Ok(more);
+        };
+        let came = pipe.fill(from, left).await?;
+        if came == 0 {
+            return Ok(false);
+        }
+        // Up to here, dropping this loses nothing; from here on it does not wait, but for room.
+        decoder.passed(came);
+        splicing.likely = true;
+        let rest = pipe.pour(&to, came)?;
+        let through = came - rest.len();
+        self.credit(through);
+        self.stream_credit(&entry, through);
+        if !rest.is_empty() {
+            self.keep(&entry, rest).await.map_err(io::Error::other)?;
+        }
+        Ok(true)
+    }
+
+    /// Puts payload into the stream's inbox, or past it.
+    async fn keep(&self, entry: &Entry, bytes: Bytes) -> Result<(), Gone> {
+        let length = bytes.len();
+        let Pushed { kept, through } = self.link.deliver(&entry.inbox, bytes).await?;
+        self.credit(length - kept);
+        self.stream_credit(entry, through);
+        Ok(())
     }
 
     async fn take(
@@ -246,9 +322,7 @@ impl Shared {
             return Ok(());
         };
         if length > 0 {
-            let Pushed { kept, through } = self.link.deliver(&entry.inbox, bytes).await?;
-            self.credit(length - kept);
-            self.stream_credit(&entry, through);
+            self.keep(&entry, bytes).await?;
         }
         if fin {
             self.remote_end(&entry);
@@ -424,6 +498,7 @@ impl Stream {
 
     /// See [`Inbox::pass`].
     pub fn pass(&self, pass: Option<Through>) {
+        self.shared.passes.store(true, Ordering::Relaxed);
         self.entry.inbox.pass(pass);
     }
 

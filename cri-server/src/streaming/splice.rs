@@ -3,6 +3,7 @@
 //!
 //! Source: splice(2), pipe(7); it takes no page of a socket that it cannot give on.
 
+use bytes::Bytes;
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use rustix::pipe::{PipeFlags, SpliceFlags};
@@ -72,6 +73,34 @@ impl Pipe {
     }
 }
 
+/// As [`Pipe`], for payload that is to go on at once or else to be kept.
+impl Pipe {
+    /// Sends what `socket` takes of `bytes` that the pipe holds, without waiting; the rest of them.
+    ///
+    /// # Errors
+    /// The rest cannot be had.
+    pub fn pour(&self, socket: &TcpStream, bytes: usize) -> io::Result<Bytes> {
+        let mut left = bytes;
+        while left > 0 {
+            let once = || splice(&self.from, socket, left, SpliceFlags::MOVE);
+            match socket.try_io(Interest::WRITABLE, once) {
+                Ok(sent) if sent > 0 => left -= sent,
+                // Whoever writes what is kept finds out what is wrong.
+                Ok(_) | Err(_) => break,
+            }
+        }
+        let mut rest = vec![0; left];
+        let mut at = 0;
+        while at < left {
+            match rustix::io::retry_on_intr(|| rustix::io::read(&self.from, &mut rest[at..]))? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => at += count,
+            }
+        }
+        Ok(rest.into())
+    }
+}
+
 fn splice(from: impl AsFd, to: impl AsFd, most: usize, flags: SpliceFlags) -> io::Result<usize> {
     let flags = flags | SpliceFlags::NONBLOCK;
     let moved = rustix::io::retry_on_intr(|| {
@@ -123,6 +152,31 @@ mod tests {
         assert!(got == expected);
         writing.await.unwrap().unwrap();
         between.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_a_socket_does_not_take_comes_back() {
+        let (mut writer, from) = joined().await;
+        let (to, mut reader) = joined().await;
+        let sent: Vec<u8> = (0..30_000_000_u32).map(|at| (at / 11) as u8).collect();
+        let expected = sent.clone();
+        let writing = tokio::spawn(async move { writer.write_all(&sent).await });
+        let pipe = Pipe::new().unwrap();
+        let (mut passed, mut rest) = (0, Bytes::new());
+        while rest.is_empty() {
+            let bytes = pipe.fill(&from, 100_000).await.unwrap();
+            assert!(bytes > 0, "30 MB fit into a socket that nobody reads");
+            rest = pipe.pour(&to, bytes).unwrap();
+            passed += bytes - rest.len();
+        }
+        let mut got = vec![0; passed];
+        reader.read_exact(&mut got).await.unwrap();
+        assert!(got == expected[..passed]);
+        assert!(*rest == expected[passed..passed + rest.len()]);
+        // The pipe is empty again.
+        let bytes = pipe.fill(&from, 1000).await.unwrap();
+        assert!(pipe.pour(&to, bytes).unwrap().is_empty());
+        writing.abort();
     }
 
     #[tokio::test]

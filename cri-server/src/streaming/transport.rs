@@ -1,14 +1,15 @@
 //! A client's connection, plain or TLS.
 
 use super::watch::Watch;
-
+use bytes::BufMut;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{ReadBuf, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedWriteHalf;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio_rustls::server::TlsStream;
 
 /// Has what goes over a connection within this node go out at once. A node may have BBR for its
@@ -21,7 +22,31 @@ pub fn unpaced(socket: impl AsFd) {
 }
 
 /// Where a connection's bytes come from.
-pub type Reader = Box<dyn AsyncRead + Send + Unpin>;
+pub enum Reader {
+    Plain(OwnedReadHalf),
+    Tls(ReadHalf<Box<TlsStream<TcpStream>>>),
+}
+
+impl Reader {
+    /// The socket, where bytes come as they are.
+    pub fn plain(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Plain(half) => Some(half.as_ref()),
+            Self::Tls(_) => None,
+        }
+    }
+
+    /// Reads what has come, as much as there is room for; 0 at the end.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn read_buf(&mut self, buffer: &mut (impl BufMut + ?Sized)) -> io::Result<usize> {
+        match self {
+            Self::Plain(half) => half.read_buf(buffer).await,
+            Self::Tls(half) => half.read_buf(buffer).await,
+        }
+    }
+}
 
 /// Where they go.
 pub enum Writer {
@@ -84,11 +109,11 @@ impl Connection {
         match self {
             Self::Plain(stream) => {
                 let (reader, writer) = stream.into_split();
-                (Box::new(reader), Writer::Plain(writer))
+                (Reader::Plain(reader), Writer::Plain(writer))
             }
             Self::Tls(stream) => {
                 let (reader, writer) = tokio::io::split(stream);
-                (Box::new(reader), Writer::Tls(writer))
+                (Reader::Tls(reader), Writer::Tls(writer))
             }
         }
     }

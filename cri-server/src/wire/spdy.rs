@@ -120,6 +120,20 @@ struct Payload {
 }
 
 impl Decoder {
+    /// The stream whose payload comes next, and how much of it, in bytes.
+    pub fn coming(&self) -> Option<(u32, usize)> {
+        let payload = self.payload.as_ref()?;
+        Some((payload.id, payload.left))
+    }
+
+    /// So many bytes of [`Decoder::coming`] were taken from before the buffer.
+    pub fn passed(&mut self, bytes: usize) {
+        if let Some(payload) = &mut self.payload {
+            debug_assert!(bytes <= payload.left);
+            payload.left = payload.left.saturating_sub(bytes);
+        }
+    }
+
     /// Takes the next frame, or what has come of it, out of `buffer`; `None` when more
     /// bytes are needed. Control frames of unknown types are skipped, as the draft says.
     ///
@@ -442,6 +456,36 @@ mod tests {
                 bytes: Bytes::from_static(b"begin")
             }
         );
+    }
+
+    #[test]
+    fn payload_may_pass_the_buffer_by() {
+        let mut decoder = Decoder::default();
+        assert_eq!(decoder.coming(), None);
+        let mut buffer = BytesMut::from(&data_head(5, 10, true)[..]);
+        buffer.extend(b"abc");
+        let piece = |fin, bytes: &'static [u8]| Frame::Data {
+            id: 5,
+            fin,
+            bytes: Bytes::from_static(bytes),
+        };
+        assert_eq!(
+            decoder.next(&mut buffer).unwrap(),
+            Some(piece(false, b"abc"))
+        );
+        assert_eq!(decoder.next(&mut buffer).unwrap(), None);
+        assert_eq!(decoder.coming(), Some((5, 7)));
+        decoder.passed(4);
+        assert_eq!(decoder.coming(), Some((5, 3)));
+        decoder.passed(3);
+        assert_eq!(decoder.next(&mut buffer).unwrap(), Some(piece(true, b"")));
+        // One that does not end its stream ends without a word.
+        buffer.extend(data_head(5, 2, false));
+        assert_eq!(decoder.next(&mut buffer).unwrap(), None);
+        decoder.passed(2);
+        buffer.extend(data_head(5, 0, true));
+        assert_eq!(decoder.next(&mut buffer).unwrap(), Some(piece(true, b"")));
+        assert_eq!(decoder.coming(), None);
     }
 
     #[test]
