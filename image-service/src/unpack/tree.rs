@@ -41,9 +41,9 @@ const MAX_STEPS: usize = 8192;
 const MAX_ABOVE: usize = 64;
 /// Directories kept open, so that neighbours in an archive need no walk.
 const OPEN_DIRECTORIES: usize = 48;
-/// Files from this size on begin to be written to the disk while the next are unpacked, in
-/// bytes. For smaller ones the call would cost more than it saves.
-const EARLY_WRITEBACK_BYTES: u64 = 64 << 10;
+/// Files from this size on are begun to be written to the disk by themselves, in bytes; smaller
+/// ones together, see [`Early`].
+const EARLY_WRITEBACK_BYTES: u64 = 1 << 20;
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -322,7 +322,7 @@ impl<'a> Tree<'a> {
             // Only a hint: the sync at the end waits for what is left.
             let _ = berth_sys::writeback::begin(&fd);
         } else {
-            self.early.wrote(self.root.fd.as_fd());
+            self.early.wrote(self.root.fd.as_fd(), entry.size);
         }
         Ok(())
     }
