@@ -53,6 +53,10 @@ pub fn convert(answer: Value, version: &str) -> Result<Value, ResultError> {
         Some(Value::String(said)) if said.is_empty() || VERSIONS.contains(&&**said) => {}
         Some(other) => return Err(ResultError::Version(other.to_string())),
     }
+    let said = result.get("cniVersion").and_then(Value::as_str);
+    let said = said.filter(|said| !said.is_empty()).unwrap_or(version);
+    // A field that its version does not know may have any value, and means nothing.
+    let knows_fields_1_1 = said == "1.1.0" && version == "1.1.0";
     // Some write null for what is empty.
     result.retain(|_, value| !value.is_null());
     result.insert("cniVersion".into(), version.into());
@@ -73,7 +77,7 @@ pub fn convert(answer: Value, version: &str) -> Result<Value, ResultError> {
             ip.remove("version");
         }
     }
-    if version != "1.1.0" {
+    if !knows_fields_1_1 {
         let lists = [
             ("interfaces", &INTERFACE_FIELDS_1_1[..]),
             ("routes", &ROUTE_FIELDS_1_1[..]),
@@ -105,6 +109,20 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use serde_json::json;
+
+    #[test]
+    fn a_field_of_a_later_version_means_nothing_in_an_earlier_one() {
+        let result = |version: &str| {
+            json!({ "cniVersion": version, "ips": [],
+                "interfaces": [{ "name": "eth0", "sandbox": "/n", "mtu": "much" }] })
+        };
+        let converted = convert(result("1.0.0"), "1.1.0").unwrap();
+        assert_eq!(
+            converted["interfaces"],
+            json!([{ "name": "eth0", "sandbox": "/n" }])
+        );
+        assert!(convert(result("1.1.0"), "1.1.0").is_err());
+    }
 
     fn latest() -> Value {
         json!({ "cniVersion": "1.1.0", "own": { "kept": true },

@@ -26,6 +26,9 @@ use std::time::Duration;
 /// one in uninterruptible sleep cannot be helped.
 pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(20);
 
+/// How long until one that may have started only now is killed again.
+const KILL_AGAIN: Duration = Duration::from_millis(250);
+
 /// How long until a monitor is told again to end that had a container left to reap.
 const SHUTDOWN_AGAIN: Duration = Duration::from_millis(20);
 
@@ -143,13 +146,17 @@ impl Inner {
         container: &Arc<ContainerRecord>,
     ) -> Result<()> {
         let id = &container.id;
-        self.settled(id).await;
-        if self
-            .objects
-            .view()
-            .container(id.as_str())
-            .is_some_and(|c| c.state.is_live())
-        {
+        let until = tokio::time::Instant::now() + KILL_DEADLINE;
+        loop {
+            self.settled(id).await;
+            let live = |me: &Inner| {
+                let view = me.objects.view();
+                view.container(id.as_str())
+                    .is_some_and(|c| c.state.is_live())
+            };
+            if !live(self) {
+                return Ok(());
+            }
             let signalled = match self.monitor(&container.pod) {
                 Ok(monitor) => signal(&monitor, id.as_str(), libc_sigkill()).await.is_ok(),
                 Err(_) => false,
@@ -158,8 +165,12 @@ impl Inner {
             if !signalled && self.monitor(&container.pod).is_err() {
                 self.declare_lost(container).await?;
             }
-            let ended = tokio::time::timeout(KILL_DEADLINE, self.objects.ended(id)).await;
-            if ended.is_err() {
+            // A start that came behind the first line had nothing yet that could be killed.
+            let ended = tokio::time::timeout(KILL_AGAIN, self.objects.ended(id)).await;
+            if ended.is_ok() {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() >= until {
                 let text = format!(
                     "container {id} does not end: its processes are killed and still there after {} s",
                     KILL_DEADLINE.as_secs()
@@ -167,7 +178,6 @@ impl Inner {
                 return Err(SandboxError::new(Kind::DeadlineExceeded, text));
             }
         }
-        Ok(())
     }
 
     /// Kills every process in the container's cgroup.

@@ -2,6 +2,7 @@
 //! reboot leaves.
 
 use berth_proto::runtime_v1 as cri;
+use berth_tests::deadline::{PATIENCE, slowness};
 use berth_tests::{Node, eventually};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -77,6 +78,7 @@ fn a_host_port_of_sctp_leads_to_its_pod() {
         listen(&listener, 4).unwrap();
         listener
     });
+    let (has_read, read) = std::sync::mpsc::channel();
     let server = std::thread::spawn(move || {
         for _ in 0..2 {
             let stream = rustix::net::accept(&listener).unwrap();
@@ -84,8 +86,7 @@ fn a_host_port_of_sctp_leads_to_its_pod() {
             rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
             let mut stream = TcpStream::from(stream);
             stream.write_all(b"hello").unwrap();
-            // Until the client has closed.
-            let _ = stream.read(&mut [0; 1]);
+            read.recv_timeout(PATIENCE * slowness()).unwrap();
         }
     });
     for host in ["127.0.0.1", "198.18.0.1"] {
@@ -102,6 +103,7 @@ fn a_host_port_of_sctp_leads_to_its_pod() {
         let mut text = [0; 5];
         stream.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"hello", "{host}");
+        has_read.send(()).unwrap();
     }
     server.join().unwrap();
 }
