@@ -24,7 +24,8 @@ pub fn conflist(data: &[u8]) {
 }
 
 /// What a plugin answers: whatever is a result in one version's words is one in
-/// each other's, and says the same addresses.
+/// each other's, and says the same addresses. What names no version is taken to be said in that of
+/// the question, and may be a result in one of them only.
 pub fn answer(data: &[u8]) {
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(data) else {
         return;
@@ -38,9 +39,12 @@ pub fn answer(data: &[u8]) {
         let parsed: CniResult = serde_json::from_value(converted).expect("a result");
         Some(parsed.pod_ips("eth0"))
     };
+    let said = value["cniVersion"].as_str();
+    let says_its_version = said.is_some_and(|version| !version.is_empty());
     let first = addresses(VERSIONS[0]);
     for version in &VERSIONS[1..] {
-        assert_eq!(addresses(version), first, "{version}");
+        let other = addresses(version);
+        assert!(!says_its_version || other == first, "{version}: {other:?}");
     }
 }
 

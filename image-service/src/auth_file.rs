@@ -338,22 +338,7 @@ fn globs(pattern: &str, host: &str) -> bool {
         && pattern
             .iter()
             .zip(&host)
-            .all(|(pattern, label)| matches_label(pattern, label))
-}
-
-fn matches_label(pattern: &str, label: &str) -> bool {
-    let Some((before, after)) = pattern.split_once('*') else {
-        return pattern == label;
-    };
-    let Some(rest) = label.strip_prefix(before) else {
-        return false;
-    };
-    if after.is_empty() {
-        return true;
-    }
-    (0..=rest.len())
-        .filter(|at| rest.is_char_boundary(*at))
-        .any(|at| matches_label(after, &rest[at..]))
+            .all(|(pattern, label)| crate::pinned::globs(pattern, label))
 }
 
 /// Runs credential helpers.

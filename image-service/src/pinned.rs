@@ -38,7 +38,7 @@ impl Patterns {
 }
 
 /// `*` stands for any text; in linear space, and in time of the product at most.
-fn globs(pattern: &str, text: &str) -> bool {
+pub(crate) fn globs(pattern: &str, text: &str) -> bool {
     let mut parts = pattern.split('*');
     let first = parts.next().unwrap_or_default();
     let Some(mut rest) = text.strip_prefix(first) else {

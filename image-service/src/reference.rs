@@ -187,7 +187,11 @@ impl FromStr for Reference {
                 host: host.into(),
             });
         }
-        let mut host = host.to_ascii_lowercase();
+        // Without a dot or a port it is its capital letters that make it a host.
+        let mut host = match host.contains(['.', ':']) {
+            true => host.to_ascii_lowercase(),
+            false => host.to_owned(),
+        };
         if host == "index.docker.io" {
             host = DEFAULT_HOST.into();
         }
@@ -351,7 +355,7 @@ mod tests {
                 "registry.example:5000/a/b:latest".into(),
             ),
             ("[::1]:5000/b", "[::1]:5000/b:latest".into()),
-            ("LOCAL/b", "local/b:latest".into()),
+            ("LOCAL/b", "LOCAL/b:latest".into()),
             ("b.c/d", "b.c/d:latest".into()),
             ("b.c", "docker.io/library/b.c:latest".into()),
             (

@@ -56,7 +56,7 @@ pub fn convert(answer: Value, version: &str) -> Result<Value, ResultError> {
     let said = result.get("cniVersion").and_then(Value::as_str);
     let said = said.filter(|said| !said.is_empty()).unwrap_or(version);
     // A field that its version does not know may have any value, and means nothing.
-    let knows_fields_1_1 = said == "1.1.0" && version == "1.1.0";
+    let (said_1_1, wanted_1_1) = (said == "1.1.0", version == "1.1.0");
     // Some write null for what is empty.
     result.retain(|_, value| !value.is_null());
     result.insert("cniVersion".into(), version.into());
@@ -77,7 +77,15 @@ pub fn convert(answer: Value, version: &str) -> Result<Value, ResultError> {
             ip.remove("version");
         }
     }
-    if !knows_fields_1_1 {
+    let check = |result: &Map<String, Value>| {
+        serde_json::from_value::<CniResult>(Value::Object(result.clone()))
+            .map(drop)
+            .map_err(ResultError::Shape)
+    };
+    if said_1_1 {
+        check(&result)?;
+    }
+    if !(said_1_1 && wanted_1_1) {
         let lists = [
             ("interfaces", &INTERFACE_FIELDS_1_1[..]),
             ("routes", &ROUTE_FIELDS_1_1[..]),
@@ -88,11 +96,8 @@ pub fn convert(answer: Value, version: &str) -> Result<Value, ResultError> {
             }
         }
     }
-    let result = Value::Object(result);
-    match serde_json::from_value::<CniResult>(result.clone()) {
-        Ok(_) => Ok(result),
-        Err(error) => Err(ResultError::Shape(error)),
-    }
+    check(&result)?;
+    Ok(Value::Object(result))
 }
 
 /// The objects in the array `list`.
@@ -121,7 +126,9 @@ mod tests {
             converted["interfaces"],
             json!([{ "name": "eth0", "sandbox": "/n" }])
         );
-        assert!(convert(result("1.1.0"), "1.1.0").is_err());
+        for version in VERSIONS {
+            assert!(convert(result("1.1.0"), version).is_err(), "{version}");
+        }
     }
 
     fn latest() -> Value {

@@ -232,14 +232,17 @@ impl<'a> Parser<'a> {
         let otherwise = match end {
             Some((_, "end")) => Vec::new(),
             Some((_, "else")) => self.until_end(line, "if", depth)?,
-            Some((line, more)) => match more["else".len()..].trim().strip_prefix("if ") {
-                // Its `end` is this one's too.
-                Some(condition) if depth < MAX_DEPTH => {
-                    vec![self.branch(line, condition.trim(), depth + 1)?]
+            Some((line, more)) => {
+                let again = more.strip_prefix("else").map(str::trim);
+                match again.and_then(|again| again.strip_prefix("if ")) {
+                    // Its `end` is this one's too.
+                    Some(condition) if depth < MAX_DEPTH => {
+                        vec![self.branch(line, condition.trim(), depth + 1)?]
+                    }
+                    Some(_) => return Err(at(line, format!("more than {MAX_DEPTH} levels"))),
+                    None => return Err(at(line, format!("{{{{{more}}}}} is not supported"))),
                 }
-                Some(_) => return Err(at(line, format!("more than {MAX_DEPTH} levels"))),
-                None => return Err(at(line, format!("{{{{{more}}}}} is not supported"))),
-            },
+            }
             None => return Err(at(line, "if without end")),
         };
         Ok(Node::If(line, condition, body, otherwise))
