@@ -1,9 +1,11 @@
 //! A stream of bytes in both directions, whichever protocol carries it.
 
-use super::inbox::{Broken, Through};
+use super::inbox::Broken;
 use super::link::Gone;
 use super::{spdy, websocket};
 use bytes::Bytes;
+use std::sync::Arc;
+use tokio::net::TcpStream;
 
 /// One stream of a client's.
 pub enum Channel {
@@ -46,10 +48,10 @@ impl Channel {
     }
 
     /// See [`Inbox::pass`](super::inbox::Inbox::pass).
-    pub fn pass(&self, pass: Option<Through>) {
+    pub fn pass(&self, socket: Option<Arc<TcpStream>>) {
         match self {
-            Self::Spdy(stream) => stream.pass(pass),
-            Self::WebSocket(channel) => channel.pass(pass),
+            Self::Spdy(stream) => stream.pass(socket),
+            Self::WebSocket(channel) => channel.pass(socket),
         }
     }
 

@@ -10,18 +10,18 @@
 use super::channel::Channel;
 use super::dial::{DialError, dial};
 use super::fd::Buffer;
-use super::inbox::Through;
 use super::spdy::{FRAME_BYTES, Opened, Stream};
 use super::splice::Pipe;
 use super::websocket::WebSocket;
 use crate::rpc;
 use crate::wire::spdy::Reset;
 use berth_sandbox::service::Sandboxes;
-use rustix::net::Shutdown;
+use rustix::net::{SendFlags, Shutdown};
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -173,12 +173,7 @@ impl Drop for Passing<'_> {
 
 async fn towards_pod(data: &Channel, to: &Arc<TcpStream>) -> Result<(), Broke> {
     let _passing = Passing(data);
-    let direct = to.clone();
-    // What does not go, for whatever reason, is for the loop below.
-    data.pass(Some(Through {
-        write: Box::new(move |bytes| direct.try_write(bytes).unwrap_or(0)),
-        socket: Some(to.clone()),
-    }));
+    data.pass(Some(to.clone()));
     loop {
         match data.read().await {
             Ok(Some(bytes)) => {
@@ -201,30 +196,17 @@ async fn towards_pod(data: &Channel, to: &Arc<TcpStream>) -> Result<(), Broke> {
 
 async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        to.writable().await?;
-        match to.try_write(bytes) {
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+        let send = || Ok(rustix::net::send(to, bytes, SendFlags::NOSIGNAL)?);
+        bytes = &bytes[to.async_io(Interest::WRITABLE, send).await?..];
     }
     Ok(())
-}
-
-async fn read(from: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        from.readable().await?;
-        match from.try_read(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read,
-        }
-    }
 }
 
 async fn from_pod(from: &TcpStream, data: &Channel) -> Result<(), Broke> {
     let mut buffer = Buffer::default();
     loop {
-        match read(from, buffer.space()).await {
+        let read = || Ok(rustix::io::read(from, buffer.space())?);
+        match from.async_io(Interest::READABLE, read).await {
             Ok(0) => return data.close().await.map_err(|_| Broke),
             Ok(length) => {
                 data.write(buffer.filled(length)).await.map_err(|_| Broke)?;

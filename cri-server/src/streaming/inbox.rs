@@ -1,4 +1,5 @@
-//! What has come for one stream and was not taken yet.
+//! What has come for one stream and was not taken yet. Bytes that are only to go on to a socket go
+//! there at once while the socket takes them.
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use std::collections::VecDeque;
@@ -18,16 +19,6 @@ const COPIED_BELOW: usize = 16 << 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the client has broken the stream off")]
 pub struct Broken;
-
-/// Takes bytes at once, as many as it can without waiting, and says how many.
-pub type Write = dyn Fn(&[u8]) -> usize + Send;
-
-/// Where bytes go that whoever reads would only pass on.
-pub struct Through {
-    pub write: Box<Write>,
-    /// The socket it writes to.
-    pub socket: Option<Arc<TcpStream>>,
-}
 
 /// What became of bytes that were put in. The rest was forgotten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,7 +47,8 @@ struct State {
     discard: bool,
     /// Whoever reads has nothing in hand and waits.
     waiting: bool,
-    through: Option<Through>,
+    /// Where bytes go that whoever reads would only pass on.
+    through: Option<Arc<TcpStream>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -77,9 +69,10 @@ impl Inbox {
             return Pushed::default();
         }
         let mut through = 0;
-        if let Some(pass) = state.passes() {
-            // Whoever reads is spared a wake-up, and the bytes another processor's cache.
-            through = (pass.write)(&bytes);
+        if let Some(socket) = state.passes() {
+            // Whoever reads is spared a wake-up, and the bytes another processor's cache. What the
+            // socket refuses, for whatever reason, is for whoever reads.
+            through = socket.try_write(&bytes).unwrap_or(0);
             bytes.advance(through);
             if bytes.is_empty() {
                 return Pushed { kept: 0, through };
@@ -105,16 +98,16 @@ impl Inbox {
         Pushed { kept, through }
     }
 
-    /// Bytes go through `pass` from now on, as long as none wait here and somebody waits in
-    /// [`Inbox::read`]; with `None` they no longer do. Whoever reads does with bytes what `pass`
-    /// does, and is told of an end.
-    pub fn pass(&self, pass: Option<Through>) {
-        self.state().through = pass;
+    /// Bytes go to `socket` from now on, as long as none wait here and somebody waits in
+    /// [`Inbox::read`]; with `None` they no longer do. Whoever reads sends the rest there, and is
+    /// told of an end.
+    pub fn pass(&self, socket: Option<Arc<TcpStream>>) {
+        self.state().through = socket;
     }
 
     /// The socket that bytes go through to now. Only a push or an end changes that.
     pub fn socket(&self) -> Option<Arc<TcpStream>> {
-        self.state().passes()?.socket.clone()
+        self.state().passes().cloned()
     }
 
     /// Whether as much waits here as may.
@@ -177,7 +170,7 @@ impl Inbox {
 }
 
 impl State {
-    fn passes(&self) -> Option<&Through> {
+    fn passes(&self) -> Option<&Arc<TcpStream>> {
         let passes = self.waiting && self.bytes == 0 && !self.discard && self.end.is_none();
         self.through.as_ref().filter(|_| passes)
     }
@@ -234,40 +227,46 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_go_through_only_while_somebody_waits_and_none_are_left() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (socket, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (socket, mut far) = (Arc::new(socket.unwrap()), accepted.unwrap().0);
         let inbox = Inbox::default();
-        let gone = Arc::new(Mutex::new(Vec::new()));
-        let taking = gone.clone();
-        // Takes three at a time.
-        let write = move |bytes: &[u8]| {
-            let taken = &bytes[..bytes.len().min(3)];
-            taking.lock().unwrap().extend_from_slice(taken);
-            taken.len()
-        };
-        inbox.pass(Some(Through {
-            write: Box::new(write),
-            socket: None,
-        }));
-        let kept = |kept, through| Pushed { kept, through };
-        assert_eq!(inbox.push(Bytes::from_static(b"ab")), kept(2, 0));
+        inbox.pass(Some(socket));
+        let pushed = |kept, through| Pushed { kept, through };
+        assert_eq!(inbox.push(Bytes::from_static(b"ab")), pushed(2, 0));
         assert_eq!(inbox.read().await, Ok(Some(Bytes::from_static(b"ab"))));
         // It has these in hand now.
-        assert_eq!(inbox.push(Bytes::from_static(b"cd")), kept(2, 0));
+        assert_eq!(inbox.push(Bytes::from_static(b"cd")), pushed(2, 0));
         assert_eq!(inbox.read().await, Ok(Some(Bytes::from_static(b"cd"))));
         let mut reading = std::pin::pin!(inbox.read());
-        assert!(futures_now(reading.as_mut()).is_none());
-        assert_eq!(inbox.push(Bytes::from_static(b"ef")), kept(0, 2));
-        assert_eq!(inbox.push(Bytes::from_static(b"ghij")), kept(1, 3));
-        assert_eq!(inbox.push(Bytes::from_static(b"kl")), kept(2, 0));
-        assert_eq!(reading.await, Ok(Some(Bytes::from_static(b"jkl"))));
-        assert_eq!(*gone.lock().unwrap(), b"efghi");
+        assert!(at_once(reading.as_mut()).is_none());
+        assert_eq!(inbox.push(Bytes::from_static(b"ef")), pushed(0, 2));
+        // More than the socket takes.
+        let much: Bytes = (0..30_000_000_u32)
+            .map(|at| (at / 7) as u8)
+            .collect::<Vec<_>>()
+            .into();
+        let Pushed { kept, through } = inbox.push(much.clone());
+        assert!(through > 0 && kept > 0 && kept + through == much.len());
+        // It stays behind what is left.
+        let after: Bytes = vec![9; COPIED_BELOW].into();
+        assert_eq!(inbox.push(after.clone()), pushed(COPIED_BELOW, 0));
+        assert!(reading.await == Ok(Some(much.slice(through..))));
+        assert_eq!(inbox.read().await, Ok(Some(after)));
+        let mut went = vec![0; 2 + through];
+        tokio::io::AsyncReadExt::read_exact(&mut far, &mut went)
+            .await
+            .unwrap();
+        assert!(went[..2] == *b"ef" && went[2..] == much[..through]);
         let mut reading = std::pin::pin!(inbox.read());
-        assert!(futures_now(reading.as_mut()).is_none());
+        assert!(at_once(reading.as_mut()).is_none());
         inbox.pass(None);
-        assert_eq!(inbox.push(Bytes::from_static(b"m")), kept(1, 0));
+        assert_eq!(inbox.push(Bytes::from_static(b"m")), pushed(1, 0));
     }
 
     /// What a future has at once.
-    fn futures_now<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    fn at_once<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> Option<T> {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         match future.poll(&mut context) {
             std::task::Poll::Ready(value) => Some(value),

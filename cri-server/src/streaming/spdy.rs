@@ -11,7 +11,7 @@
 //! the clients of Kubernetes (moby/spdystream) never open theirs, and would otherwise
 //! get 64 KiB and no more. What they may send is bounded by not reading on.
 
-use super::inbox::{Broken, INBOX_BYTES, Inbox, Pushed, Through};
+use super::inbox::{Broken, INBOX_BYTES, Inbox, Pushed};
 use super::link::{Gone, Link};
 use super::source::Source;
 use super::splice::Pipe;
@@ -22,6 +22,7 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 
 /// How much a client may have under way on one stream.
@@ -497,9 +498,9 @@ impl Stream {
     }
 
     /// See [`Inbox::pass`].
-    pub fn pass(&self, pass: Option<Through>) {
+    pub fn pass(&self, socket: Option<Arc<TcpStream>>) {
         self.shared.passes.store(true, Ordering::Relaxed);
-        self.entry.inbox.pass(pass);
+        self.entry.inbox.pass(socket);
     }
 
     /// Forgets what has come and will come.

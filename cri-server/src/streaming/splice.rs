@@ -37,10 +37,9 @@ impl Pipe {
     /// # Errors
     /// The socket's.
     pub async fn fill(&self, socket: &TcpStream, most: usize) -> io::Result<usize> {
-        ready(socket, Interest::READABLE, || {
-            splice(socket, &self.to, most, SpliceFlags::MOVE)
-        })
-        .await
+        socket
+            .async_io(Interest::READABLE, || splice(socket, &self.to, most))
+            .await
     }
 
     /// Sends `head` and then `bytes`, which the pipe holds. Dropping the future may lose some.
@@ -52,18 +51,18 @@ impl Pipe {
         while !head.is_empty() {
             // They go out together.
             let flags = SendFlags::MORE | SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            let sent = ready(socket, Interest::WRITABLE, || {
-                rustix::io::retry_on_intr(|| rustix::net::send(socket, head, flags))
-                    .map_err(io::Error::from)
-            })
-            .await?;
+            let sent = socket
+                .async_io(Interest::WRITABLE, || {
+                    rustix::io::retry_on_intr(|| rustix::net::send(socket, head, flags))
+                        .map_err(io::Error::from)
+                })
+                .await?;
             head = &head[sent..];
         }
         while bytes > 0 {
-            let sent = ready(socket, Interest::WRITABLE, || {
-                splice(&self.from, socket, bytes, SpliceFlags::MOVE)
-            })
-            .await?;
+            let sent = socket
+                .async_io(Interest::WRITABLE, || splice(&self.from, socket, bytes))
+                .await?;
             if sent == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -71,10 +70,7 @@ impl Pipe {
         }
         Ok(())
     }
-}
 
-/// As [`Pipe`], for payload that is to go on at once or else to be kept.
-impl Pipe {
     /// Sends what `socket` takes of `bytes` that the pipe holds, without waiting; the rest of them.
     ///
     /// # Errors
@@ -82,7 +78,7 @@ impl Pipe {
     pub fn pour(&self, socket: &TcpStream, bytes: usize) -> io::Result<Bytes> {
         let mut left = bytes;
         while left > 0 {
-            let once = || splice(&self.from, socket, left, SpliceFlags::MOVE);
+            let once = || splice(&self.from, socket, left);
             match socket.try_io(Interest::WRITABLE, once) {
                 Ok(sent) if sent > 0 => left -= sent,
                 // Whoever writes what is kept finds out what is wrong.
@@ -101,21 +97,12 @@ impl Pipe {
     }
 }
 
-fn splice(from: impl AsFd, to: impl AsFd, most: usize, flags: SpliceFlags) -> io::Result<usize> {
-    let flags = flags | SpliceFlags::NONBLOCK;
+fn splice(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
+    let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
     let moved = rustix::io::retry_on_intr(|| {
         rustix::pipe::splice(from.as_fd(), None, to.as_fd(), None, most, flags)
     });
     moved.map_err(|error: Errno| error.into())
-}
-
-/// Has `work` done once `socket` is ready for it.
-async fn ready<T>(
-    socket: &TcpStream,
-    interest: Interest,
-    mut work: impl FnMut() -> io::Result<T>,
-) -> io::Result<T> {
-    socket.async_io(interest, &mut work).await
 }
 
 #[cfg(test)]

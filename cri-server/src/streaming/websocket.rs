@@ -1,6 +1,6 @@
 //! A WebSocket connection that carries Kubernetes' channels, as its server.
 
-use super::inbox::{Broken, Inbox, Through};
+use super::inbox::{Broken, Inbox};
 use super::link::{Gone, Link};
 use super::source::read;
 use super::transport::Reader;
@@ -10,6 +10,7 @@ use crate::wire::websocket::{self as wire, Decoder, Event};
 use bytes::{Bytes, BytesMut};
 use std::error::Error;
 use std::sync::Arc;
+use tokio::net::TcpStream;
 
 /// Longest content of one message.
 const MESSAGE_BYTES: usize = 128 << 10;
@@ -175,9 +176,9 @@ impl Channel {
     }
 
     /// See [`Inbox::pass`].
-    pub fn pass(&self, pass: Option<Through>) {
+    pub fn pass(&self, socket: Option<Arc<TcpStream>>) {
         if let Some(inbox) = self.shared.inbox(self.number) {
-            inbox.pass(pass);
+            inbox.pass(socket);
         }
     }
 
