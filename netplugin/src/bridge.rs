@@ -13,6 +13,7 @@ mod error;
 mod link;
 mod name;
 mod settings;
+mod settle;
 mod shaping;
 mod uplink;
 mod veth;
@@ -30,7 +31,9 @@ use crate::nftables::{self, Table};
 use crate::sysctl;
 use berth_store::crash;
 use link::{addresses_of, find_link, is_bridge, list_links, new_address, new_link};
-use name::{alias, host_ifname, host_mac, ifb_ifname, is_ifname, mac_of, owner, spell_mac};
+use name::{
+    alias, host_ifname, host_mac, ifb_ifname, is_ifname, link_local, mac_of, owner, spell_mac,
+};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec};
@@ -321,9 +324,10 @@ impl Bridge {
             None => uplink::uplink_mtu(&mut socket)?,
         };
         // Down until its settings are made.
+        let mac = mac_of(&self.gateways());
         let create = LinkBridge::new(name)
             .mtu(mtu)
-            .address(mac_of(&self.gateways()))
+            .address(mac.to_vec())
             .down()
             .build();
         let create = new_link("make the bridge", NLM_F_CREATE | NLM_F_EXCL, create);
@@ -333,12 +337,6 @@ impl Bridge {
             .ok_or_else(|| NetError::NotABridge { name: name.clone() })?;
         let index = link.header.index;
         uplink::ignore_router_advertisements(name)?;
-        if self.settings.ipv6.is_some() {
-            // Looking for a pod takes a link-local address that is past its detection: the
-            // first pod's packets would wait two seconds for that.
-            let path = PathBuf::from(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"));
-            sysctl::write(&path, "0").map_err(|source| NetError::Sysctl { path, source })?;
-        }
         let mut requests: Vec<Request> = self
             .subnets
             .iter()
@@ -347,6 +345,13 @@ impl Bridge {
                 new_address(what, index, Ipam::gateway(subnet), subnet.prefix()).or(Errno::EXIST)
             })
             .collect();
+        if self.settings.ipv6.is_some() {
+            // Looking for a pod takes a link-local address that is past its detection. The
+            // kernel would make this one only when the first pod is there, and its packets
+            // would wait two seconds.
+            let what = "give the bridge its link-local address";
+            requests.push(new_address(what, index, link_local(&mac), 64).or(Errno::EXIST));
+        }
         let up = LinkMessageBuilder::<LinkUnspec>::new()
             .index(index)
             .mtu(mtu)
@@ -354,6 +359,7 @@ impl Bridge {
             .build();
         requests.push(new_link("bring the bridge up", 0, up));
         socket.run(&requests)?;
+        settle::until_answering(&mut socket, index, self.gateways().into_iter())?;
         self.allow_forwarding(&mut socket)?;
         let made = Made { index, mtu };
         *known = Some(made);

@@ -99,6 +99,17 @@ fn without_masquerading_the_outside_sees_the_pod() {
     }
 }
 
+/// What `ask` answers within the second after which a neighbour is asked for again.
+fn at_once(what: &str, ask: impl FnOnce() -> std::io::Result<IpAddr>) {
+    let started = Instant::now();
+    ask().unwrap();
+    let took = started.elapsed();
+    assert!(
+        took < Duration::from_millis(900),
+        "{what}: a lost first packet costs a second: {took:?}"
+    );
+}
+
 #[test]
 fn a_bridges_first_pod_is_reached_over_ipv6_at_once() {
     let world = World::new();
@@ -108,13 +119,22 @@ fn a_bridges_first_pod_is_reached_over_ipv6_at_once() {
         .sh(&format!("ip -6 route add fd77::/64 via {HOST6}"));
     let pod = world.pod(&bridge, "a");
     let _server = pod.netns.serve("[::]:80");
-    let started = Instant::now();
-    world.outside.ask(&pod.at(false, 80)).unwrap();
-    let took = started.elapsed();
-    assert!(
-        took < Duration::from_millis(900),
-        "a lost first packet costs a second: {took:?}"
-    );
+    at_once("the first", || world.outside.ask(&pod.at(false, 80)));
+    let second = world.pod(&bridge, "b");
+    at_once("the second", || second.netns.ask(&pod.at(false, 80)));
+}
+
+#[test]
+fn a_bridges_first_pod_reaches_the_outside_over_ipv6_at_once() {
+    let world = World::new();
+    let bridge = world.bridge();
+    let _server = world.outside.serve("[::]:80");
+    let pod = world.pod(&bridge, "a");
+    let [_, outside] = both(OUTSIDE4, OUTSIDE6, 80);
+    at_once("outwards", || pod.netns.ask(&outside));
+    let addresses = world.host.sh("ip -6 -o address show dev berth0 scope link");
+    assert_eq!(addresses.lines().count(), 1, "{addresses}");
+    assert!(addresses.contains("nodad"), "{addresses}");
 }
 
 /// Says on `ifname` that this namespace is a router, as radvd would.

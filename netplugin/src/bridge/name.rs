@@ -2,7 +2,7 @@
 
 use crate::address::to_number;
 use sha2::{Digest, Sha256};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
 /// Longest name of an interface in bytes. Source: IFNAMSIZ in linux/if.h.
@@ -41,20 +41,29 @@ pub(super) fn is_ifname(name: &str) -> bool {
 
 /// A locally administered unicast MAC made of the first address: 0a:be and its
 /// last four bytes.
-pub(super) fn mac_of(ips: &[IpAddr]) -> Vec<u8> {
+pub(super) fn mac_of(ips: &[IpAddr]) -> [u8; 6] {
     let number = ips.first().map_or(0, |ip| to_number(*ip));
     // For IPv4 the whole address; for IPv6 as many of the low bits as there is room for.
-    [&[0x0a, 0xbe], &(number as u32).to_be_bytes()[..]].concat()
+    let [c, d, e, f] = (number as u32).to_be_bytes();
+    [0x0a, 0xbe, c, d, e, f]
 }
 
 /// The MAC of the other end of the pair of the pod with `mac`.
-pub(super) fn host_mac(mac: &[u8]) -> Vec<u8> {
-    let mut mac = mac.to_vec();
-    if let Some(first) = mac.first_mut() {
-        // Another locally administered one.
-        *first ^= 0x04;
-    }
-    mac
+pub(super) fn host_mac(mac: &[u8; 6]) -> [u8; 6] {
+    let [first, rest @ ..] = *mac;
+    let [b, c, d, e, f] = rest;
+    // Another locally administered one.
+    [first ^ 0x04, b, c, d, e, f]
+}
+
+/// The link-local address of whoever has `mac`. Source: RFC 4291, appendix A (modified EUI-64).
+pub(super) fn link_local(mac: &[u8; 6]) -> IpAddr {
+    let [a, b, c, d, e, f] = *mac;
+    let universal = a ^ 0x02;
+    Ipv6Addr::from([
+        0xfe, 0x80, 0, 0, 0, 0, 0, 0, universal, b, c, 0xff, 0xfe, d, e, f,
+    ])
+    .into()
 }
 
 pub(super) fn spell_mac(mac: &[u8]) -> String {
@@ -79,6 +88,13 @@ mod tests {
         }
         let v6 = mac_of(&["fd00::1:2".parse().unwrap()]);
         assert_eq!(spell_mac(&v6), "0a:be:00:01:00:02");
+    }
+
+    #[test]
+    fn a_link_local_address_is_what_the_kernel_makes_of_the_mac() {
+        // The example of RFC 4291, appendix A.
+        let mac = [0x34, 0x56, 0x78, 0x9a, 0xbc, 0xde];
+        assert_eq!(link_local(&mac).to_string(), "fe80::3656:78ff:fe9a:bcde");
     }
 
     #[test]

@@ -4,15 +4,14 @@ use super::error::NetError;
 use super::link::{self, default_route, find_link, new_address, new_link};
 use super::name::{alias, host_ifname, ifb_ifname};
 use super::settings::{Attach, Settings};
-use super::{LOOPBACK_INDEX, shaping, uplink};
+use super::{LOOPBACK_INDEX, settle, shaping, uplink};
 use crate::address::IpNet;
-use crate::netlink::{Request, Socket, parse_route};
+use crate::netlink::{Request, Socket};
 use crate::{netns, sysctl};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoPortKind, InfoVeth, LinkAttribute,
-    LinkFlags, LinkMessage,
+    LinkMessage,
 };
 use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use rustix::io::Errno;
@@ -20,10 +19,6 @@ use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-/// How long the kernel may take to turn a port of the bridge on.
-const SETTLE: Duration = Duration::from_millis(100);
 
 /// A pair as it is to be.
 pub(super) struct Pair<'a> {
@@ -34,10 +29,10 @@ pub(super) struct Pair<'a> {
     pub index: u32,
     pub mtu: u32,
     /// The pod's.
-    pub mac: &'a [u8],
+    pub mac: &'a [u8; 6],
     /// The other end's. Given, because one that the kernel made up is changed
     /// by systemd-udevd meanwhile (`MACAddressPolicy=persistent`).
-    pub host_mac: &'a [u8],
+    pub host_mac: &'a [u8; 6],
     pub nets: &'a [IpNet],
     pub gateways: &'a [IpAddr],
 }
@@ -85,32 +80,9 @@ impl Pair<'_> {
             shaping::limit(&mut socket, &host, &ifb, &alias, self)?;
         }
         netns::run_in(netns.as_fd(), || self.pod_end()).map_err(failed)??;
-        self.settle(&mut socket, &host)
-    }
-
-    /// Waits until the bridge passes the pod's packets on, some microseconds: the kernel
-    /// turns a port on when it comes to it, and drops what arrives before. Looking at a
-    /// link makes it come to it at once (rtnl_getlink() in Linux 6.8 and later).
-    fn settle(&self, socket: &mut Socket, host: &str) -> Result<(), NetError> {
-        const WHAT: &str = "look whether the pod's link is up";
-        let get = |message| Request::route(WHAT, 0, RouteNetlinkMessage::GetLink(message));
-        let port = LinkUnspec::new_with_name(host).build();
+        let port = LinkUnspec::new_with_name(&host).build();
         let bridge = LinkUnspec::new_with_index(self.index).build();
-        let ask = [get(port), get(bridge)];
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let mut running = true;
-            for answer in socket.run(&ask)? {
-                if let RouteNetlinkMessage::NewLink(link) = parse_route(WHAT, &answer)? {
-                    running &= link.header.flags.contains(LinkFlags::Running);
-                }
-            }
-            // Late, it loses the pod its first packet, and no more.
-            if running || Instant::now() > deadline {
-                return Ok(());
-            }
-            std::thread::sleep(SETTLE / 500);
-        }
+        settle::until_running(&mut socket, [port, bridge])
     }
 
     fn veth(&self, host: &str, netns: &File) -> LinkMessage {
@@ -175,7 +147,8 @@ impl Pair<'_> {
                 .map(|gateway| default_route(index, *gateway)),
         );
         socket.run(&requests)?;
-        Ok(())
+        settle::until_running(&mut socket, [LinkUnspec::new_with_index(index).build()])?;
+        settle::until_answering(&mut socket, index, self.nets.iter().map(IpNet::address))
     }
 }
 

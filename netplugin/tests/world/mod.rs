@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a connection may take before it counts as refused.
 pub const PATIENCE: Duration = Duration::from_millis(1500);
@@ -202,10 +202,27 @@ impl World {
         host.sh(&format!(
             "ip route add default via {OUTSIDE4}; ip -6 route add default via {OUTSIDE6}"
         ));
-        Self {
+        let world = Self {
             host,
             outside,
             dir: tempfile::tempdir().unwrap(),
+        };
+        world.settle();
+        world
+    }
+
+    /// Waits until both ends of the uplink pass packets on: the kernel turns a link on when
+    /// it comes to it, and drops what is sent before, an answer to a neighbour's question too.
+    fn settle(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for (netns, link) in [(&self.host, "up0"), (&self.outside, "up1")] {
+            while !netns
+                .sh(&format!("ip -o link show {link}"))
+                .contains(" state UP ")
+            {
+                assert!(Instant::now() < deadline, "{link} does not come up");
+                std::thread::yield_now();
+            }
         }
     }
 
