@@ -211,15 +211,22 @@ impl World {
         world
     }
 
-    /// Waits until both ends of the uplink pass packets on: the kernel turns a link on when
-    /// it comes to it, and drops what is sent before, an answer to a neighbour's question too.
+    /// Waits until both ends of the uplink pass packets on and hear who asks for them: the
+    /// kernel does both when it comes to it, and drops what is sent before.
     fn settle(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
-        for (netns, link) in [(&self.host, "up0"), (&self.outside, "up1")] {
-            while !netns
-                .sh(&format!("ip -o link show {link}"))
-                .contains(" state UP ")
-            {
+        // The groups are those of HOST6 and OUTSIDE6.
+        let ends = [
+            (&self.host, "up0", "ff02::1:ff00:1"),
+            (&self.outside, "up1", "ff02::1:ff00:2"),
+        ];
+        for (netns, link, group) in ends {
+            let look = format!("ip -o link show {link}; ip -6 maddress show dev {link}");
+            loop {
+                let seen = netns.sh(&look);
+                if seen.contains(" state UP ") && seen.contains(group) {
+                    break;
+                }
                 assert!(Instant::now() < deadline, "{link} does not come up");
                 std::thread::yield_now();
             }
