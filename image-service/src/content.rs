@@ -29,7 +29,7 @@ pub enum ContentError {
     /// The file system refused.
     #[error("cannot {action} {path}")]
     Io {
-        /// "create", "write", "read", "list", "remove".
+        /// "create", "write", "sync", "read", "list", "remove".
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
@@ -45,8 +45,26 @@ pub enum ContentError {
 #[derive(Debug)]
 pub struct Content {
     dir: PathBuf,
-    /// What the files take on disk, by name, so that asking for the sum needs no disk.
-    sizes: Mutex<HashMap<Digest, u64>>,
+    /// What is known of the files, so that asking for the sum needs no disk.
+    files: Mutex<HashMap<Digest, Kept>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    /// Bytes on disk.
+    space: u64,
+    /// This process has synced it.
+    durable: bool,
+}
+
+impl Kept {
+    /// A file of `bytes` on ext4's and xfs's default blocks.
+    fn new(bytes: u64) -> Kept {
+        Kept {
+            space: bytes.next_multiple_of(4096),
+            durable: false,
+        }
+    }
 }
 
 impl Content {
@@ -55,7 +73,7 @@ impl Content {
     /// # Errors
     /// [`ContentError::Io`].
     pub fn open(dir: &Path) -> Result<Content, ContentError> {
-        let mut sizes = HashMap::new();
+        let mut files = HashMap::new();
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             let dir = dir.join(algorithm.name());
             std::fs::create_dir_all(&dir).map_err(|source| ContentError::Io {
@@ -69,29 +87,30 @@ impl Content {
                 } else if let Ok(digest) = format!("{}:{name}", algorithm.name()).parse()
                     && let Ok(metadata) = std::fs::symlink_metadata(dir.join(name))
                 {
-                    sizes.insert(digest, space(metadata.len()));
+                    files.insert(digest, Kept::new(metadata.len()));
                 }
             }
         }
         Ok(Content {
             dir: dir.into(),
-            sizes: Mutex::new(sizes),
+            files: Mutex::new(files),
         })
     }
 
-    fn sizes(&self) -> MutexGuard<'_, HashMap<Digest, u64>> {
-        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn files(&self) -> MutexGuard<'_, HashMap<Digest, Kept>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that the files take on disk, and their number. Never waits for the disk.
     pub fn sums(&self) -> (u64, u64) {
-        let sizes = self.sizes();
-        (sizes.values().sum(), sizes.len() as u64)
+        let files = self.files();
+        let space = files.values().map(|kept| kept.space).sum();
+        (space, files.len() as u64)
     }
 
     /// Whether there is a file for `digest`; only reading it tells whether it is good.
     pub fn has(&self, digest: &Digest) -> bool {
-        self.sizes().contains_key(digest)
+        self.files().contains_key(digest)
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
@@ -119,7 +138,7 @@ impl Content {
         }
     }
 
-    /// Keeps `bytes` under their digest. It is durable after the next syncfs.
+    /// Keeps `bytes` under their digest. It is durable after [`Content::sync`].
     ///
     /// # Errors
     /// [`ContentError::Mismatch`] when they are something else, [`ContentError::Io`].
@@ -133,20 +152,51 @@ impl Content {
                 source,
             }
         })?;
-        let bytes = space(bytes.len() as u64);
-        self.sizes().insert(digest.clone(), bytes);
+        let kept = Kept::new(bytes.len() as u64);
+        self.files().insert(digest.clone(), kept);
+        Ok(())
+    }
+
+    /// Makes durable what is here of `digests`, and passes over what is being removed.
+    ///
+    /// # Errors
+    /// [`ContentError::Io`].
+    pub fn sync<'a>(
+        &self,
+        digests: impl IntoIterator<Item = &'a Digest>,
+    ) -> Result<(), ContentError> {
+        let mut synced = Vec::new();
+        for digest in digests {
+            let is_due = |kept: &Kept| !kept.durable;
+            if !self.files().get(digest).is_some_and(is_due) {
+                continue;
+            }
+            if sync(&self.path(digest))? {
+                synced.push(digest);
+            }
+        }
+        let algorithms: HashSet<&str> = synced.iter().map(|d| d.algorithm().name()).collect();
+        for name in algorithms {
+            sync(&self.dir.join(name))?;
+        }
+        let mut files = self.files();
+        for digest in synced {
+            if let Some(kept) = files.get_mut(digest) {
+                kept.durable = true;
+            }
+        }
         Ok(())
     }
 
     /// Reads every file; those that are not what their name says are removed and told.
     pub fn damaged(&self) -> Vec<Digest> {
-        let mut here: Vec<Digest> = self.sizes().keys().cloned().collect();
+        let mut here: Vec<Digest> = self.files().keys().cloned().collect();
         here.sort();
         here.retain(|digest| {
             if self.get(digest).is_some() || remove(&self.path(digest)).is_err() {
                 return false;
             }
-            self.sizes().remove(digest).is_some()
+            self.files().remove(digest).is_some()
         });
         here
     }
@@ -154,22 +204,17 @@ impl Content {
     /// Removes everything whose digest is not in `kept`; tells what could not be removed.
     pub fn retain(&self, kept: &HashSet<Digest>) -> Vec<ContentError> {
         let mut failed = Vec::new();
-        let here: Vec<Digest> = self.sizes().keys().cloned().collect();
+        let here: Vec<Digest> = self.files().keys().cloned().collect();
         for digest in here.iter().filter(|digest| !kept.contains(digest)) {
             match remove(&self.path(digest)) {
                 Ok(()) => {
-                    self.sizes().remove(digest);
+                    self.files().remove(digest);
                 }
                 Err(error) => failed.push(error),
             }
         }
         failed
     }
-}
-
-/// What a file of `bytes` takes, in ext4's and xfs's default blocks.
-fn space(bytes: u64) -> u64 {
-    bytes.next_multiple_of(4096)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, ContentError> {
@@ -185,6 +230,19 @@ fn names(dir: &Path) -> Result<Vec<String>, ContentError> {
         path: dir.into(),
         source,
     })
+}
+
+/// Puts a file or directory on the disk; `false` where there is none.
+fn sync(path: &Path) -> Result<bool, ContentError> {
+    match std::fs::File::open(path).and_then(|file| file.sync_all()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(ContentError::Io {
+            action: "sync",
+            path: path.into(),
+            source,
+        }),
+    }
 }
 
 fn remove(path: &Path) -> Result<(), ContentError> {

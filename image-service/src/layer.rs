@@ -7,7 +7,8 @@
 //! layers/old-<random>-<name>/                                     damaged, and fetched again; some
 //!                                                                 container still has it mounted
 //! layers/empty/                                                   for images without layers
-//! layers/ingest-<random>/       fs/ recipe.zst                    being unpacked
+//! layers/<hex of diff ID>/blob                                    its files are not synced yet
+//! layers/ingest-<random>/       fs/ recipe.zst blob               being unpacked
 //! layers/trash-<random>                                           being removed
 //!
 //! ingest ── whole and verified: rename ──> layer ── syncfs, then `synced` ──> durable
@@ -16,13 +17,15 @@
 //! ```
 //!
 //! A layer without `synced` is good until the node reboots: a power cut may
-//! have taken its data. [`Store::sync`] comes before anything durable names it.
+//! have taken its data. [`Store::sync`] comes before anything durable names it: it then has
+//! `synced`, or a durable `blob` that it can be unpacked from again, see [`kept`].
 //!
 //! A layer is in use while a [`Lease`] holds it or a reference that
 //! [`crate::gc`] asks for names it.
 //! Source: OCI image-spec, `config.md`, "Layer DiffID" and "Layer ChainID".
 
 mod damage;
+mod kept;
 mod sweep;
 mod verify;
 pub mod walk;
@@ -33,6 +36,7 @@ use crate::unpack::apart::{self, Writers};
 use crate::unpack::{self, Compression, Parents, Summary, Target, UnpackError, recipe};
 use berth_store::atomic_file::Durability;
 use berth_store::{Record, crash, record};
+use kept::{Keeping, Kept};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -241,6 +245,7 @@ struct Inner {
     landed: Condvar,
     /// One sync at a time: the second finds its work done.
     syncing: Mutex<()>,
+    settler: kept::Settler,
     /// One collection at a time.
     collecting: Mutex<()>,
     sweeper: Sweeper,
@@ -259,6 +264,10 @@ struct State {
     /// Diff IDs being unpacked.
     flights: HashSet<Digest>,
     unsynced: HashSet<LayerId>,
+    /// Those of them whose blob is on the disk.
+    kept: HashSet<LayerId>,
+    /// Layers that are unpacked again from their blobs; their flights are taken.
+    rebuilding: HashSet<LayerId>,
     /// Layers whose content is not right; containers may have them mounted.
     damaged: HashMap<LayerId, LayerInfo>,
     /// Directories of layers that were fetched again since, and what they take.
@@ -285,6 +294,7 @@ impl State {
 
     fn forget(&mut self, id: &LayerId) -> Option<LayerInfo> {
         self.unsynced.remove(id);
+        self.kept.remove(id);
         self.beside.remove(&id.to_string());
         if let Some(info) = self.damaged.remove(id) {
             return Some(info);
@@ -386,6 +396,7 @@ impl Store {
             state: Mutex::default(),
             landed: Condvar::new(),
             syncing: Mutex::default(),
+            settler: kept::Settler::default(),
             collecting: Mutex::default(),
             sweeper,
             early: unpack::Early::default(),
@@ -397,6 +408,7 @@ impl Store {
 
     fn load(&self) -> Result<(), Errno> {
         let mut state = self.state();
+        let mut to_rebuild = Vec::new();
         for entry in Dir::read_from(&self.0.fd)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -414,9 +426,19 @@ impl Store {
                     Some((info, synced)) => {
                         if !synced {
                             state.unsynced.insert(id.clone());
+                            if self.has_blob(&id) {
+                                state.kept.insert(id.clone());
+                            }
+                        } else if let Ok(dir) =
+                            rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty())
+                        {
+                            kept::drop_blob(dir.as_fd());
                         }
                         state.beside.insert(name, self.measure_beside(&id));
                         state.add(info);
+                    }
+                    None if self.has_blob(&id) && !self.is_marked_damaged(&id) => {
+                        to_rebuild.push(id);
                     }
                     None => {
                         tracing::warn!(layer = %id, "removing a layer that is not known to be whole");
@@ -425,6 +447,12 @@ impl Store {
                 }
             }
         }
+        let has_kept = !state.kept.is_empty();
+        drop(state);
+        if has_kept {
+            self.0.settler.soon(self);
+        }
+        self.rebuild(to_rebuild);
         Ok(())
     }
 
@@ -542,7 +570,7 @@ impl Store {
         ingest: Ingest<'_>,
         blob: impl Read + Send,
     ) -> Result<LayerInfo, UnpackError> {
-        self.unpack_waiting(lease, ingest, None, blob)
+        self.unpack_waiting(lease, ingest, None, None, blob)
     }
 
     /// As [`Store::unpack`], and a layer that turns out to need its parents while
@@ -550,6 +578,9 @@ impl Store {
     /// as `ingest.parents` would. While it blocks, nobody who wants the same diff ID waits for
     /// this call any more, so it may depend on any layer below; where the layer is here when
     /// this call is done, by whomever, that one is given.
+    ///
+    /// `blob_bytes` is how long `blob` is, if it may be kept beside the layer until the layer's
+    /// files are on the disk: [`Store::sync`] is short then.
     ///
     /// # Errors
     /// As [`Store::unpack`]; what `wait` says.
@@ -561,6 +592,7 @@ impl Store {
         lease: &Lease,
         ingest: Ingest<'_>,
         wait: Option<&WaitForParents<'_>>,
+        blob_bytes: Option<u64>,
         blob: impl Read + Send,
     ) -> Result<LayerInfo, UnpackError> {
         let diff_id = ingest
@@ -612,7 +644,10 @@ impl Store {
             (None, None) => Parents::Unknown,
         };
         let name = format!("{INGEST}{}", random_name());
-        match self.unpack_into(&name, lease, ingest, diff_id, parents, blob) {
+        let unpacked = self
+            .unpack_to(&name, ingest, diff_id, parents, blob_bytes, blob)
+            .and_then(|(info, is_kept)| self.put(&name, lease, ingest, info, is_kept));
+        match unpacked {
             Ok((info, true)) => Ok(info),
             Ok((info, false)) => {
                 self.0.sweeper.remove(name);
@@ -629,14 +664,15 @@ impl Store {
         }
     }
 
-    /// The layer, and whether it is the one that was unpacked now: else it came here meanwhile.
-    fn unpack_into(
+    /// Unpacks a layer into the directory `name`, which is made; gives what is known of it and
+    /// whether its blob is there and durable.
+    fn unpack_to(
         &self,
         name: &str,
-        lease: &Lease,
         ingest: Ingest<'_>,
         diff_id: &Digest,
         parents: Parents<'_>,
+        blob_bytes: Option<u64>,
         blob: impl Read + Send,
     ) -> Result<(LayerInfo, bool), UnpackError> {
         let path = self.0.dir.join(name);
@@ -669,6 +705,9 @@ impl Store {
             recipe::Writer::new(file.into())
                 .map_err(|error| fail("write", &recipe_path)(recipe::errno(&error)))
         };
+        let kept = blob_bytes
+            .filter(|_| self.0.writers.is_none())
+            .and_then(|bytes| Kept::new(ingest_dir.as_fd(), ingest.compression, bytes));
         let (summary, found) = match &self.0.writers {
             Some(writers) => {
                 let recipe = open_recipe()?;
@@ -685,7 +724,13 @@ impl Store {
             }
             None => {
                 let recipe = recipe_writer(open_recipe()?)?;
-                self.unpack_here(blob, ingest, diff_id.algorithm(), root, parents, recipe)?
+                let blob = Keeping {
+                    reader: blob,
+                    kept: kept.clone(),
+                };
+                // Files whose blob is kept need not be on the disk soon.
+                let early = kept.is_none().then_some(&self.0.early);
+                self.unpack_here(blob, ingest, root, parents, early, recipe)?
             }
         };
         if found != *diff_id {
@@ -728,7 +773,24 @@ impl Store {
             },
         };
         self.save(&path.join(RECORD), &info)?;
+        // One that leans cannot be unpacked again without its parents.
+        let is_kept =
+            kept.is_some_and(|kept| kept.finish(ingest_dir.as_fd(), !summary.leans_on_parents));
         crash::point("layer-unpacked");
+        Ok((info, is_kept))
+    }
+
+    /// Gives the layer that was unpacked into the directory `name` its own name, and tells
+    /// whether it is the one that is here now: else another one came meanwhile.
+    fn put(
+        &self,
+        name: &str,
+        lease: &Lease,
+        ingest: Ingest<'_>,
+        info: LayerInfo,
+        is_kept: bool,
+    ) -> Result<(LayerInfo, bool), UnpackError> {
+        let id = info.id.clone();
         let mut state = self.state();
         if let Some(info) = self.find_locked(&mut state, lease, ingest.diff_ids) {
             return Ok((info, false));
@@ -742,9 +804,16 @@ impl Store {
             &*final_name,
             RenameFlags::NOREPLACE,
         )
-        .map_err(fail("rename", &path))?;
+        .map_err(|source| UnpackError::Store {
+            action: "rename",
+            path: self.0.dir.join(name),
+            source,
+        })?;
         crash::point("layer-renamed");
         state.unsynced.insert(id.clone());
+        if is_kept {
+            state.kept.insert(id.clone());
+        }
         let beside = self.measure_beside(&id);
         state.beside.insert(final_name, beside);
         state.add(info.clone());
@@ -757,11 +826,15 @@ impl Store {
         &self,
         blob: impl Read + Send,
         ingest: Ingest<'_>,
-        algorithm: Algorithm,
         root: OwnedFd,
         parents: Parents<'_>,
+        early: Option<&unpack::Early>,
         recipe: recipe::Writer,
     ) -> Result<(Summary, Digest), UnpackError> {
+        let algorithm = ingest
+            .diff_ids
+            .last()
+            .map_or(Algorithm::Sha256, Digest::algorithm);
         let mut replaced = Vec::new();
         let mut attic_names = || {
             let name = format!("{TRASH}{}", random_name());
@@ -773,7 +846,7 @@ impl Store {
             attic: self.0.fd.as_fd(),
             attic_names: &mut attic_names,
             parents,
-            early: &self.0.early,
+            early,
             recipe,
         };
         let (compression, limit_bytes) = (ingest.compression, ingest.limit_bytes);
@@ -811,13 +884,45 @@ impl Store {
         unpacked
     }
 
-    /// Makes every layer that is here now durable. Returns at once where all are.
+    /// Makes every layer that is here now durable: itself, or its blob. Returns at once where
+    /// all are.
     ///
     /// # Errors
     /// What the kernel said to write; nothing that is durable may name the
     /// layers then.
     pub fn sync(&self) -> Result<(), StoreError> {
-        let _turn = lock(&self.0.syncing);
+        let turn = lock(&self.0.syncing);
+        {
+            let state = self.state();
+            if state.unsynced.is_empty() {
+                return Ok(());
+            }
+            if !state.unsynced.is_subset(&state.kept) {
+                drop(state);
+                return self.settle_in(&turn);
+            }
+        }
+        // Each blob is on the disk before its layer gets its name.
+        rustix::fs::fsync(&self.0.fd).map_err(|source| StoreError {
+            action: "sync",
+            path: self.0.dir.clone(),
+            source,
+        })?;
+        crash::point("layer-blobs-synced");
+        self.0.settler.soon(self);
+        Ok(())
+    }
+
+    /// Makes the files of every layer that is here now durable, and removes the blobs that
+    /// were kept for them. Happens by itself some seconds after the last [`Store::sync`].
+    ///
+    /// # Errors
+    /// What the kernel said to write.
+    pub fn settle(&self) -> Result<(), StoreError> {
+        self.settle_in(&lock(&self.0.syncing))
+    }
+
+    fn settle_in(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
         let layers: Vec<LayerId> = self.state().unsynced.iter().cloned().collect();
         if layers.is_empty() {
             return Ok(());
@@ -829,32 +934,51 @@ impl Store {
                 source,
             }
         };
-        rustix::fs::syncfs(&self.0.fd).map_err(fail("sync", self.0.dir.clone()))?;
-        crash::point("layers-synced");
         let mut directories = Vec::with_capacity(layers.len());
-        for id in &layers {
+        for id in layers {
             let name = id.to_string();
             let path = self.0.dir.join(&name);
-            let dir = match rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty()) {
-                Ok(dir) => dir,
+            match rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty()) {
+                Ok(dir) => directories.push((id, dir, path)),
                 // Removed meanwhile.
-                Err(Errno::NOENT) => continue,
+                Err(Errno::NOENT) => {}
                 Err(source) => return Err(fail("open", path)(source)),
-            };
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
-            rustix::fs::openat(&dir, SYNCED, flags, Mode::from_raw_mode(0o600))
-                .map_err(fail("mark", path.clone()))?;
-            directories.push((dir, path));
+            }
+        }
+        rustix::fs::syncfs(&self.0.fd).map_err(fail("sync", self.0.dir.clone()))?;
+        crash::point("layers-synced");
+        for (_, dir, path) in &directories {
+            match kept::mark_synced(dir.as_fd()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(source) => return Err(fail("mark", path.clone())(source)),
+            }
         }
         // The first of these commits the file system's journal, so the rest cost nothing.
-        for (dir, path) in directories {
-            rustix::fs::fsync(&dir).map_err(fail("sync", path))?;
+        for (_, dir, path) in &directories {
+            rustix::fs::fsync(dir).map_err(fail("sync", path.clone()))?;
         }
-        let mut state = self.state();
-        for id in &layers {
-            state.unsynced.remove(id);
+        crash::point("layers-marked");
+        for (id, dir, _) in directories {
+            let mut state = self.state();
+            // Another one of the same name may be here by now, and was not synced.
+            if !self.is_under(&id, dir.as_fd()) {
+                continue;
+            }
+            state.unsynced.remove(&id);
+            if state.kept.remove(&id) {
+                kept::drop_blob(dir.as_fd());
+                let beside = self.measure_beside(&id);
+                state.beside.insert(id.to_string(), beside);
+            }
         }
         Ok(())
+    }
+
+    /// Whether `dir` is what stands under the layer's name.
+    fn is_under(&self, id: &LayerId, dir: BorrowedFd<'_>) -> bool {
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        let here = rustix::fs::statat(&self.0.fd, id.to_string(), flags);
+        matches!((here, rustix::fs::fstat(dir)), (Ok(a), Ok(b)) if a.st_ino == b.st_ino)
     }
 
     /// Removes a layer: gone from here at once, its files soon after. One that

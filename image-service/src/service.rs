@@ -22,7 +22,7 @@ use crate::digest::Digest;
 use crate::gc;
 use crate::hosts::Fallback;
 use crate::image::{Image, ImageRecord, Images};
-use crate::layer::{Store, StoreError};
+use crate::layer::{LayerId, Store, StoreError};
 use crate::manifest::Platform;
 use crate::pinned::Patterns;
 use crate::proxy::ProxyEnvironment;
@@ -252,7 +252,7 @@ impl ImageService {
         let snapshots = Snapshots::open(&settings.containers, &layers)?;
         let (images, incomplete) = load(&records, &layers, &settings.pinned)?;
         import::remove_leftovers(&settings.lib)?;
-        Ok(ImageService(Arc::new(Inner {
+        let service = ImageService(Arc::new(Inner {
             machine: Platform::host(),
             content: Arc::new(content),
             layers,
@@ -265,7 +265,9 @@ impl ImageService {
             pulls: pull::Shared::new(settings.max_layers),
             pull_permits: Semaphore::new(settings.max_pulls.clamp(1, Semaphore::MAX_PERMITS)),
             settings,
-        })))
+        }));
+        service.list_what_is_rebuilt();
+        Ok(service)
     }
 
     /// Every image, sorted by ID. Never waits.
@@ -515,6 +517,7 @@ impl ImageService {
                 self.0.content.put(digest, bytes)?;
             }
         }
+        self.0.content.sync(documents.keys())?;
         let images = self.0.images.load_full();
         if let Some((old, _)) = images.by_id.get(&new.id.to_string()) {
             new.repo_tags.extend(old.repo_tags.iter().cloned());
@@ -617,11 +620,21 @@ fn load(dir: &Path, layers: &Store, pinned: &Patterns) -> Result<(Images, Incomp
             tracing::warn!(image = %record.id, "an image's record has another's name");
             continue;
         }
-        if let Some(missing) = record.layers.iter().find(|id| !layers.has(id)) {
+        // In this order, as a layer is here before it is not being rebuilt any more.
+        let is_missing = |id: &&LayerId| !layers.is_rebuilding(id) && !layers.has(id);
+        if let Some(missing) = record.layers.iter().find(is_missing) {
             tracing::warn!(
                 image = %record.id,
                 %missing,
                 "an image is not whole, it must be pulled again"
+            );
+            incomplete.put(record);
+            continue;
+        }
+        if record.layers.iter().any(|id| !layers.has(id)) {
+            tracing::info!(
+                image = %record.id,
+                "an image is not listed yet, a power cut may have taken files that are unpacked again"
             );
             incomplete.put(record);
             continue;

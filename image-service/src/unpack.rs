@@ -235,8 +235,8 @@ pub struct Target<'a> {
     pub attic_names: &'a mut dyn FnMut() -> String,
     /// What is below the layer.
     pub parents: Parents<'a>,
-    /// Of the file system that `root` is on.
-    pub early: &'a Early,
+    /// Of the file system that `root` is on, where files are to be on the disk soon.
+    pub early: Option<&'a Early>,
     /// Takes down how the archive is put together again.
     pub recipe: recipe::Writer,
 }

@@ -1,6 +1,7 @@
 //! Layers whose content turned out to be wrong: marked, passed over, and replaced by the next
 //! unpacking of the same layer, while containers go on with what they have mounted.
 
+use super::kept::BLOB;
 use super::{
     DAMAGED, FS, LayerId, LayerInfo, LayerRecord, OLD, OPEN_DIRECTORY, RECIPE, RECORD, SYNCED,
     State, Store, StoreError, errno, random_name, walk,
@@ -145,7 +146,7 @@ impl Store {
         sums
     }
 
-    /// What a layer's directory, record, recipe and mark take.
+    /// What a layer's directory, record, recipe, blob and marks take.
     pub(super) fn measure_beside(&self, id: &LayerId) -> walk::Sums {
         let mut sums = walk::Sums::default();
         let flags = AtFlags::SYMLINK_NOFOLLOW;
@@ -153,7 +154,7 @@ impl Store {
         else {
             return sums;
         };
-        for name in [".", RECORD, RECIPE, DAMAGED, SYNCED] {
+        for name in [".", RECORD, RECIPE, BLOB, DAMAGED, SYNCED] {
             if let Ok(stat) = rustix::fs::statat(&dir, name, flags) {
                 sums += walk::Sums::of(&stat);
             } else if name == SYNCED {

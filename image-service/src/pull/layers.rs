@@ -101,10 +101,21 @@ impl Job {
         for layer in &wanted {
             settled.retain(|diff_id| layer.diff_ids.last() != Some(diff_id));
         }
+        // Whoever commits the image waits for the disk no more then.
+        let documents: Vec<Digest> = described.documents.keys().cloned().collect();
+        let content = Arc::clone(&self.content);
+        let syncing = tokio::task::spawn_blocking(move || content.sync(&documents));
         self.fetch_layers(&lease, wanted, settled).await?;
         let layers = self.fetch_leaning(&lease, manifest, diff_ids).await?;
         self.progress.enter(Stage::Sync);
         crash::point("pull_image.before_sync");
+        syncing
+            .await
+            .map_err(|_| self.aborted())?
+            .map_err(|source| PullError::Content {
+                image: self.image(),
+                source,
+            })?;
         let store = self.layers.clone();
         tokio::task::spawn_blocking(move || store.sync())
             .await
@@ -309,6 +320,7 @@ impl Job {
         let (store, lease_there) = (self.layers.clone(), Arc::clone(lease));
         let (diff_ids, parents) = (layer.diff_ids.clone(), layer.parents.clone());
         let (compression, limit_bytes) = (layer.compression, self.max_layer_bytes);
+        let blob_bytes = *size;
         let unpacking = tokio::task::spawn_blocking(move || {
             let ingest = Ingest {
                 diff_ids: &diff_ids,
@@ -318,7 +330,8 @@ impl Job {
             };
             let wait = ask.map(|ask| move || ask_for_parents(&ask));
             let wait = wait.as_ref().map(|wait| wait as &WaitForParents<'_>);
-            let unpacked = store.unpack_waiting(&lease_there, ingest, wait, &mut reader);
+            let unpacked =
+                store.unpack_waiting(&lease_there, ingest, wait, Some(blob_bytes), &mut reader);
             if unpacked.as_ref().is_err_and(is_of_the_content) {
                 // Only the end of the blob tells whether the image or the host is to blame.
                 let _ = io::copy(&mut reader, &mut io::sink());

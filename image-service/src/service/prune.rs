@@ -50,6 +50,10 @@ impl ImageService {
     pub(super) async fn give_back_space(&self) {
         let service = self.clone();
         let freed = tokio::task::spawn_blocking(move || {
+            // Blobs that are kept until layers are synced take space, too.
+            if let Err(error) = service.0.layers.settle() {
+                super::warn(&error, "layers are not synced, later");
+            }
             service.collect();
             service.finish_removals();
         });

@@ -7,7 +7,7 @@
 use super::{ImageService, RemoveError, lock};
 use crate::digest::Digest;
 use crate::image::{ImageRecord, Images};
-use crate::layer::{Finding, LayerId, Pace};
+use crate::layer::{Finding, LayerId, Pace, StoreError};
 use berth_store::atomic_file::Durability;
 use berth_store::record;
 use std::collections::BTreeMap;
@@ -140,6 +140,70 @@ impl ImageService {
             layers.iter().map(|info| info.id.to_string()).collect(),
             incomplete.records.keys().map(Digest::to_string).collect(),
         )
+    }
+
+    /// Lists images again once their layers are, which are being unpacked again since the start.
+    pub(super) fn list_what_is_rebuilt(&self) {
+        if lock(&self.0.incomplete).len() == 0 {
+            return;
+        }
+        let service = self.clone();
+        let work = move || {
+            service.0.layers.finish_rebuilding();
+            service.list_what_is_whole();
+        };
+        let builder = std::thread::Builder::new().name("image-rebuild".into());
+        if let Err(error) = builder.spawn(work) {
+            super::warn(&error, "images are not listed again until they are pulled");
+        }
+    }
+
+    /// Waits until the layers that a power cut made doubtful are unpacked again and their images
+    /// listed. Blocking.
+    pub fn finish_rebuilding(&self) {
+        self.0.layers.finish_rebuilding();
+        self.list_what_is_whole();
+    }
+
+    /// Puts the files of all layers on the disk, which else happens some seconds after the last
+    /// pull. Blocking.
+    ///
+    /// # Errors
+    /// What the kernel said to write.
+    pub fn settle(&self) -> Result<(), StoreError> {
+        self.0.layers.settle()
+    }
+
+    fn list_what_is_whole(&self) {
+        let _alone = lock(&self.0.changes);
+        let images = self.0.images.load_full();
+        let whole: Vec<ImageRecord> = {
+            let incomplete = lock(&self.0.incomplete);
+            let records = incomplete.records.values().map(|(_, record)| record);
+            let is_whole = |record: &&ImageRecord| {
+                let mut layers = record.layers.iter();
+                layers.all(|id| self.0.layers.has(id))
+            };
+            records.filter(is_whole).cloned().collect()
+        };
+        let mut changes = Vec::new();
+        for mut record in whole {
+            let names = record.repo_tags.len() + record.found_as.len();
+            // Somebody else's by now.
+            record.repo_tags.retain(|tag| images.tagged(tag).is_none());
+            record.found_as.retain(|tag| images.tagged(tag).is_none());
+            if record.repo_tags.len() + record.found_as.len() < names
+                && let Err(error) =
+                    record::save(&self.record_path(&record.id), &record, Durability::PowerCut)
+            {
+                super::warn(&error, "an image is not listed until it is pulled");
+                continue;
+            }
+            tracing::info!(image = %record.id, "an image is whole again");
+            lock(&self.0.incomplete).remove(&record.id);
+            changes.push((record.id.clone(), Some(record)));
+        }
+        self.0.images.store(Arc::new(images.with(&changes)));
     }
 
     pub(super) fn incomplete_layers(&self) -> Vec<LayerId> {

@@ -80,7 +80,7 @@ pub struct Tree<'a> {
     /// By the path entries use for them; the most recently used last.
     open: RefCell<Vec<(Vec<u8>, Rc<Directory>)>>,
     times: DirectoryTimes,
-    early: &'a Early,
+    early: Option<&'a Early>,
     umask: u32,
     summary: Summary,
     /// A directory was replaced: the sums no longer hold.
@@ -99,7 +99,7 @@ impl<'a> Tree<'a> {
         attic: BorrowedFd<'a>,
         attic_names: &'a mut dyn FnMut() -> String,
         parents: Parents<'a>,
-        early: &'a Early,
+        early: Option<&'a Early>,
         recipe: Rc<RefCell<recipe::Writer>>,
     ) -> Tree<'a> {
         Tree {
@@ -318,11 +318,13 @@ impl<'a> Tree<'a> {
             let stat = rustix::fs::fstat(&fd).map_err(at("measure"))?;
             self.summary.bytes += allocated(&stat);
         }
-        if entry.size >= EARLY_WRITEBACK_BYTES {
-            // Only a hint: the sync at the end waits for what is left.
-            let _ = berth_sys::writeback::begin(&fd);
-        } else {
-            self.early.wrote(self.root.fd.as_fd(), entry.size);
+        if let Some(early) = self.early {
+            if entry.size >= EARLY_WRITEBACK_BYTES {
+                // Only a hint: the sync at the end waits for what is left.
+                let _ = berth_sys::writeback::begin(&fd);
+            } else {
+                early.wrote(self.root.fd.as_fd(), entry.size);
+            }
         }
         Ok(())
     }

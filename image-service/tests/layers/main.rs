@@ -3,6 +3,7 @@
 
 mod archive;
 mod hostile;
+mod kept;
 mod overlay;
 mod random;
 mod store;

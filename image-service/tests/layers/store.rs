@@ -250,7 +250,7 @@ fn a_restart_finds_whole_layers_and_clears_the_rest() {
 }
 
 /// Changes the record as if it came from an earlier boot of the kernel.
-fn from_another_boot(store: &Store, id: &LayerId) {
+pub(crate) fn from_another_boot(store: &Store, id: &LayerId) {
     let path = store.dir().join(id.to_string()).join("layer.rec");
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let text = std::fs::read_to_string(&path).unwrap();

@@ -112,7 +112,7 @@ fn write(
         attic: attic.as_fd(),
         attic_names: &mut attic_names,
         parents,
-        early: &early,
+        early: Some(&early),
         recipe: fresh(notes).map_err(failed("write the recipe of"))?,
     };
     unpack(
