@@ -884,25 +884,26 @@ impl Store {
         unpacked
     }
 
-    /// Makes every layer that is here now durable: itself, or its blob. Returns at once where
-    /// all are.
+    /// Makes `layers` durable: themselves, or their blobs. Returns at once where they are.
     ///
     /// # Errors
     /// What the kernel said to write; nothing that is durable may name the
     /// layers then.
-    pub fn sync(&self) -> Result<(), StoreError> {
-        let turn = lock(&self.0.syncing);
+    pub fn sync(&self, layers: &[LayerId]) -> Result<(), StoreError> {
         {
             let state = self.state();
-            if state.unsynced.is_empty() {
+            let unsynced = |id: &&LayerId| state.unsynced.contains(*id);
+            let unsynced: Vec<&LayerId> = layers.iter().filter(unsynced).collect();
+            if unsynced.is_empty() {
                 return Ok(());
             }
-            if !state.unsynced.is_subset(&state.kept) {
+            if !unsynced.into_iter().all(|id| state.kept.contains(id)) {
                 drop(state);
-                return self.settle_in(&turn);
+                return self.settle();
             }
         }
-        // Each blob is on the disk before its layer gets its name.
+        // Each blob is on the disk before its layer gets its name. Nobody waits here for a sync
+        // of everything that may be running.
         rustix::fs::fsync(&self.0.fd).map_err(|source| StoreError {
             action: "sync",
             path: self.0.dir.clone(),
@@ -919,10 +920,7 @@ impl Store {
     /// # Errors
     /// What the kernel said to write.
     pub fn settle(&self) -> Result<(), StoreError> {
-        self.settle_in(&lock(&self.0.syncing))
-    }
-
-    fn settle_in(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
+        let _turn = lock(&self.0.syncing);
         let layers: Vec<LayerId> = self.state().unsynced.iter().cloned().collect();
         if layers.is_empty() {
             return Ok(());

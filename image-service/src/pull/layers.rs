@@ -117,7 +117,8 @@ impl Job {
                 source,
             })?;
         let store = self.layers.clone();
-        tokio::task::spawn_blocking(move || store.sync())
+        let ids: Vec<LayerId> = layers.iter().map(|info| info.id.clone()).collect();
+        tokio::task::spawn_blocking(move || store.sync(&ids))
             .await
             .map_err(|_| self.aborted())?
             .map_err(|source| PullError::Layers {

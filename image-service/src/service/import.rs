@@ -205,7 +205,7 @@ impl ImageService {
             layers.push(info);
         }
         crash::point("import.unpacked");
-        self.0.layers.sync()?;
+        self.0.layers.settle()?;
         let distinct: BTreeMap<_, u64> = layers.iter().map(|info| (&info.id, info.bytes)).collect();
         let tags: BTreeSet<String> = image.names.iter().filter_map(Reference::repo_tag).collect();
         let mut repo_digests: BTreeSet<String> = image.repo_digests;

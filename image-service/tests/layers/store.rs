@@ -267,8 +267,8 @@ pub(crate) fn from_another_boot(store: &Store, id: &LayerId) {
 fn after_a_power_cut_only_synced_layers_are_trusted() {
     let place = Place::new();
     let synced = layer(&place, "a");
-    place.store.sync().unwrap();
-    place.store.sync().unwrap();
+    place.store.settle().unwrap();
+    place.store.settle().unwrap();
     let unsynced = layer(&place, "b");
     for info in [&synced, &unsynced] {
         from_another_boot(&place.store, &info.id);
@@ -284,7 +284,7 @@ fn a_damaged_record_costs_itself() {
     let info = place
         .unpack(&Tar::new().dir("d").file("d/a", &"x".repeat(9000)))
         .unwrap();
-    place.store.sync().unwrap();
+    place.store.settle().unwrap();
     let path = place
         .store
         .dir()
