@@ -229,11 +229,12 @@ impl Store {
         if let Err(error) = builder.spawn(work) {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "no thread to unpack layers again after a power cut; the next start tries"
+                "no thread to unpack layers again after a power cut; they are fetched again"
             );
             let mut state = self.state();
             for id in std::mem::take(&mut state.rebuilding) {
                 state.flights.remove(&id.digest);
+                self.trash_doubtful(&id);
             }
         }
     }
@@ -271,14 +272,18 @@ impl Store {
                     error = &error as &dyn std::error::Error,
                     "removing a layer that is not known to be whole, its blob is no help"
                 );
-                if let Err(errno) = self.trash(id) {
-                    tracing::warn!(
-                        layer = %id,
-                        error = &errno as &dyn std::error::Error,
-                        "a layer that is not known to be whole stays until the next start"
-                    );
-                }
+                self.trash_doubtful(id);
             }
+        }
+    }
+
+    fn trash_doubtful(&self, id: &LayerId) {
+        if let Err(errno) = self.trash(id) {
+            tracing::warn!(
+                layer = %id,
+                error = &errno as &dyn std::error::Error,
+                "a layer that is not known to be whole stays until the next start"
+            );
         }
     }
 
