@@ -26,6 +26,7 @@
 
 mod damage;
 mod kept;
+mod settle;
 mod sweep;
 mod verify;
 pub mod walk;
@@ -245,7 +246,7 @@ struct Inner {
     landed: Condvar,
     /// One sync at a time: the second finds its work done.
     syncing: Mutex<()>,
-    settler: kept::Settler,
+    settler: settle::Settler,
     /// One collection at a time.
     collecting: Mutex<()>,
     sweeper: Sweeper,
@@ -396,7 +397,7 @@ impl Store {
             state: Mutex::default(),
             landed: Condvar::new(),
             syncing: Mutex::default(),
-            settler: kept::Settler::default(),
+            settler: settle::Settler::default(),
             collecting: Mutex::default(),
             sweeper,
             early: unpack::Early::default(),
@@ -882,101 +883,6 @@ impl Store {
             .and_then(|attic| writers.unpack(blob, layer, attic.as_fd()));
         self.0.sweeper.remove(name);
         unpacked
-    }
-
-    /// Makes `layers` durable: themselves, or their blobs. Returns at once where they are.
-    ///
-    /// # Errors
-    /// What the kernel said to write; nothing that is durable may name the
-    /// layers then.
-    pub fn sync(&self, layers: &[LayerId]) -> Result<(), StoreError> {
-        {
-            let state = self.state();
-            let unsynced = |id: &&LayerId| state.unsynced.contains(*id);
-            let unsynced: Vec<&LayerId> = layers.iter().filter(unsynced).collect();
-            if unsynced.is_empty() {
-                return Ok(());
-            }
-            if !unsynced.into_iter().all(|id| state.kept.contains(id)) {
-                drop(state);
-                return self.settle();
-            }
-        }
-        // Each blob is on the disk before its layer gets its name. Nobody waits here for a sync
-        // of everything that may be running.
-        rustix::fs::fsync(&self.0.fd).map_err(|source| StoreError {
-            action: "sync",
-            path: self.0.dir.clone(),
-            source,
-        })?;
-        crash::point("layer-blobs-synced");
-        self.0.settler.soon(self);
-        Ok(())
-    }
-
-    /// Makes the files of every layer that is here now durable, and removes the blobs that
-    /// were kept for them. Happens by itself some seconds after the last [`Store::sync`].
-    ///
-    /// # Errors
-    /// What the kernel said to write.
-    pub fn settle(&self) -> Result<(), StoreError> {
-        let _turn = lock(&self.0.syncing);
-        let layers: Vec<LayerId> = self.state().unsynced.iter().cloned().collect();
-        if layers.is_empty() {
-            return Ok(());
-        }
-        let fail = |action, path: PathBuf| {
-            move |source| StoreError {
-                action,
-                path,
-                source,
-            }
-        };
-        let mut directories = Vec::with_capacity(layers.len());
-        for id in layers {
-            let name = id.to_string();
-            let path = self.0.dir.join(&name);
-            match rustix::fs::openat(&self.0.fd, &*name, OPEN_DIRECTORY, Mode::empty()) {
-                Ok(dir) => directories.push((id, dir, path)),
-                // Removed meanwhile.
-                Err(Errno::NOENT) => {}
-                Err(source) => return Err(fail("open", path)(source)),
-            }
-        }
-        rustix::fs::syncfs(&self.0.fd).map_err(fail("sync", self.0.dir.clone()))?;
-        crash::point("layers-synced");
-        for (_, dir, path) in &directories {
-            match kept::mark_synced(dir.as_fd()) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(source) => return Err(fail("mark", path.clone())(source)),
-            }
-        }
-        // The first of these commits the file system's journal, so the rest cost nothing.
-        for (_, dir, path) in &directories {
-            rustix::fs::fsync(dir).map_err(fail("sync", path.clone()))?;
-        }
-        crash::point("layers-marked");
-        for (id, dir, _) in directories {
-            let mut state = self.state();
-            // Another one of the same name may be here by now, and was not synced.
-            if !self.is_under(&id, dir.as_fd()) {
-                continue;
-            }
-            state.unsynced.remove(&id);
-            if state.kept.remove(&id) {
-                kept::drop_blob(dir.as_fd());
-                let beside = self.measure_beside(&id);
-                state.beside.insert(id.to_string(), beside);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether `dir` is what stands under the layer's name.
-    fn is_under(&self, id: &LayerId, dir: BorrowedFd<'_>) -> bool {
-        let flags = AtFlags::SYMLINK_NOFOLLOW;
-        let here = rustix::fs::statat(&self.0.fd, id.to_string(), flags);
-        matches!((here, rustix::fs::fstat(dir)), (Ok(a), Ok(b)) if a.st_ino == b.st_ino)
     }
 
     /// Removes a layer: gone from here at once, its files soon after. One that

@@ -12,7 +12,7 @@
 //! ```
 //! Whether `blob` is whole needs no mark: what is unpacked of it must have the layer's diff ID.
 
-use super::{INGEST, LayerId, OPEN_DIRECTORY, SYNCED, Store, lock, random_name};
+use super::{INGEST, LayerId, OPEN_DIRECTORY, Store, random_name, settle};
 use crate::unpack::{Compression, Parents, UnpackError};
 use berth_store::crash;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
@@ -21,9 +21,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub(super) const BLOB: &str = "blob";
 
@@ -33,12 +33,6 @@ const MAX_BYTES: u64 = 256 << 20;
 const PART_OF_FREE: u64 = 8;
 /// After so many bytes the kernel is told to begin writing.
 const WRITE_BYTES: u64 = 4 << 20;
-
-/// How long after the last pull the file system is synced, and after the first at the latest.
-const QUIET: Duration = Duration::from_secs(3);
-const LATEST: Duration = Duration::from_secs(30);
-/// How long after a sync that failed the next is tried.
-const AGAIN: Duration = Duration::from_secs(60);
 
 /// A blob that is written beside the files that are unpacked of it.
 pub(super) struct Kept {
@@ -115,85 +109,6 @@ impl<R: Read> Read for Keeping<R> {
         }
         Ok(count)
     }
-}
-
-/// Syncs a store's layers once pulls are over for a moment.
-#[derive(Default)]
-pub(super) struct Settler(Arc<(Mutex<Turn>, Condvar)>);
-
-#[derive(Default)]
-struct Turn {
-    due: Option<Due>,
-    /// A thread is at work; it ends when nothing is due.
-    running: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Due {
-    next: Instant,
-    latest: Instant,
-}
-
-impl Settler {
-    /// Has the layers settled soon, and later where more come meanwhile. Returns at once.
-    pub(super) fn soon(&self, store: &Store) {
-        let now = Instant::now();
-        let mut turn = lock(&self.0.0);
-        let latest = turn.due.map_or(now + LATEST, |due| due.latest);
-        let next = (now + QUIET).min(latest);
-        turn.due = Some(Due { next, latest });
-        if turn.running {
-            return;
-        }
-        let (shared, store) = (Arc::clone(&self.0), Arc::downgrade(&store.0));
-        let spawned = thread::Builder::new()
-            .name("layer-settle".into())
-            .spawn(move || settle(&shared, &store));
-        match spawned {
-            Ok(_) => turn.running = true,
-            Err(error) => tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "no thread to sync layers; their blobs stay until the next pull"
-            ),
-        }
-    }
-}
-
-impl Drop for Settler {
-    fn drop(&mut self) {
-        self.0.1.notify_all();
-    }
-}
-
-/// The thread of a [`Settler`]; ends when all is done or the store is gone.
-fn settle((shared, changed): &(Mutex<Turn>, Condvar), store: &Weak<super::Inner>) {
-    let mut turn = lock(shared);
-    while let Some(Due { next, .. }) = turn.due
-        && store.strong_count() > 0
-    {
-        let now = Instant::now();
-        if now < next {
-            let waited = changed.wait_timeout(turn, next - now);
-            turn = waited.unwrap_or_else(PoisonError::into_inner).0;
-            continue;
-        }
-        turn.due = None;
-        drop(turn);
-        let settled = store.upgrade().map(|inner| Store(inner).settle());
-        turn = lock(shared);
-        if let Some(Err(error)) = settled {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "layers are not synced, later; a start after a power cut has them from their blobs"
-            );
-            let again = Instant::now() + AGAIN;
-            turn.due.get_or_insert(Due {
-                next: again,
-                latest: again,
-            });
-        }
-    }
-    turn.running = false;
 }
 
 impl Store {
@@ -317,7 +232,7 @@ impl Store {
         let dir: OwnedFd = rustix::fs::openat(&self.0.fd, name, OPEN_DIRECTORY, Mode::empty())
             .map_err(fail("open"))?;
         rustix::fs::syncfs(&self.0.fd).map_err(fail("sync"))?;
-        mark_synced(dir.as_fd())
+        settle::mark_synced(dir.as_fd())
             .and_then(|()| rustix::fs::fsync(&dir))
             .map_err(fail("mark"))?;
         crash::point("layer-rebuilt");
@@ -335,12 +250,6 @@ impl Store {
         state.add(info);
         Ok(())
     }
-}
-
-/// Says that everything in the layer's directory is on the disk.
-pub(super) fn mark_synced(dir: BorrowedFd<'_>) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
-    rustix::fs::openat(dir, SYNCED, flags, Mode::from_raw_mode(0o600)).map(drop)
 }
 
 /// Removes a blob that is not needed any more.
